@@ -1,0 +1,141 @@
+"""Attention contexts: what a model needs to know about the batch around it, behind one call.
+
+A model never knows whether it trains on packed rows, reads padded prompts or decodes from a cache: it calls
+`context.attend(site, q, k, v)` and reads `context.positions_BT`. Each way of attending is one small class here
+(or, for caches, in infer/); none has a flag that changes what it is.
+
+Shapes: B rows, T new positions, S all positions attended to, H query heads, G key/value heads (G divides H),
+K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Context(Protocol):
+    """Everything outside the residual stream that a trunk may ask for."""
+
+    @property
+    def positions_BT(self) -> Tensor:
+        """Position of every token in its own document, from 0; int64."""
+
+    def attend(
+        self,
+        site: int,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        *,
+        window: int | None = None,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Causal attention at layer `site` -> y_BTHK.
+
+        `window` w lets a query see itself and the w-1 positions before it. `bias` (H, S-relative: broadcastable to
+        (B, H, T, S)) is added to the scores. `scale` defaults to 1/sqrt(K).
+        """
+
+    def earlier(self, tokens_BT: Tensor, steps: int, fill: int) -> Tensor:
+        """The token `steps` positions before each one in the same document, `fill` where there is none."""
+
+
+class RowContext:
+    """Rows that hold exactly one document each, from their first position to their last: plain causal training."""
+
+    def __init__(self, tokens_BT: Tensor) -> None:
+        num_positions = tokens_BT.shape[1]
+        self.positions_BT = torch.arange(num_positions, device=tokens_BT.device).expand_as(tokens_BT)
+
+    def attend(
+        self,
+        site: int,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        *,
+        window: int | None = None,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        if window is None and bias is None:
+            return _attend(q_BTHK, k_BTGK, v_BTGK, None, scale)
+        num_positions = q_BTHK.shape[1]
+        index_T = torch.arange(num_positions, device=q_BTHK.device)
+        allowed_TS = _causal(index_T, index_T, window)
+        return _attend(q_BTHK, k_BTGK, v_BTGK, _scores_mask(allowed_TS[None, None], bias, q_BTHK.dtype), scale)
+
+    def earlier(self, tokens_BT: Tensor, steps: int, fill: int) -> Tensor:
+        return F.pad(tokens_BT, (steps, 0), value=fill)[:, : tokens_BT.shape[1]]
+
+
+class SegmentContext:
+    """Rows that hold several documents, or padding on either side: attention never leaves a segment.
+
+    `segments_BT` numbers the documents of a row; equal neighbours belong together, and a document is contiguous.
+    Padding (0) attends to padding only, so no row of scores is ever empty and nothing can become NaN.
+    """
+
+    def __init__(self, segments_BT: Tensor) -> None:
+        num_positions = segments_BT.shape[1]
+        index_T = torch.arange(num_positions, device=segments_BT.device)
+        is_start_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+        is_start_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+        start_BT = torch.where(is_start_BT, index_T, 0).cummax(dim=1).values
+        self.segments_BT = segments_BT
+        self.positions_BT = index_T - start_BT
+        self._index_T = index_T
+        self._same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+        self._allowed_B1TS = (self._same_BTS & _causal(index_T, index_T, None))[:, None]
+
+    def attend(
+        self,
+        site: int,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        *,
+        window: int | None = None,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        allowed_B1TS = self._allowed_B1TS
+        if window is not None:
+            allowed_B1TS = (self._same_BTS & _causal(self._index_T, self._index_T, window))[:, None]
+        return _attend(q_BTHK, k_BTGK, v_BTGK, _scores_mask(allowed_B1TS, bias, q_BTHK.dtype), scale)
+
+    def earlier(self, tokens_BT: Tensor, steps: int, fill: int) -> Tensor:
+        shifted_BT = F.pad(tokens_BT, (steps, 0), value=fill)[:, : tokens_BT.shape[1]]
+        return torch.where(self.positions_BT >= steps, shifted_BT, fill)
+
+
+def _causal(query_T: Tensor, key_S: Tensor, window: int | None) -> Tensor:
+    """allowed_TS: key at or before the query and, with a window w, fewer than w positions behind it."""
+    distance_TS = query_T[:, None] - key_S[None, :]
+    allowed_TS = distance_TS >= 0
+    return allowed_TS if window is None else allowed_TS & (distance_TS < window)
+
+
+def _scores_mask(allowed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A boolean mask, or `bias` with minus infinity where attention is not allowed."""
+    if bias is None:
+        return allowed
+    return bias.to(dtype).masked_fill(~allowed, float("-inf"))
+
+
+def _attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    y_BHTK = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
+    )
+    return y_BHTK.transpose(1, 2)
