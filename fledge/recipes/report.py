@@ -1,0 +1,340 @@
+"""What a stage tells the run card: facts, curves, bars, tables, claims, samples, licences.
+
+Each stage of a recipe fills one `StageReport` and leaves it as `runs/NAME/<stage>/report.json`; recipes/card.py reads
+those files and knows nothing else about a stage. Values only, no drawing (charts.py) and no page (card.py).
+
+A claim with a threshold computes for itself whether it was reached, so no stage can bend it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fledge.errors import RunError
+
+T = TypeVar("T")
+Comparison = Literal["<", "<=", ">", ">="]
+
+_HOLDS: Mapping[str, Callable[[float, float], bool]] = {
+    "<": lambda value, threshold: value < threshold,
+    "<=": lambda value, threshold: value <= threshold,
+    ">": lambda value, threshold: value > threshold,
+    ">=": lambda value, threshold: value >= threshold,
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value with its confidence interval; `mark` is what it is compared with (0.5 for a win rate)."""
+
+    value: float
+    low: float
+    high: float
+    mark: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(
+                f"an interval holds its value: got {self.value} outside [{self.low}, {self.high}]"
+            )
+
+
+Cell = str | int | float | bool | None | Interval
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One labelled figure: `Fact("validation", 1.41, "bits per byte")`."""
+
+    label: str
+    value: str | int | float | None
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; the first column names the row. Units belong in the column names.
+
+    A share goes in as a fraction under a column whose name ends in "%" and is printed times 100.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table '{self.title}': a row has {len(row)} cells under {len(self.columns)} columns"
+                )
+
+    @classmethod
+    def of(cls, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], note: str = "") -> Table:
+        """From any sequences, lists included."""
+        return cls(title, tuple(columns), tuple(tuple(row) for row in rows), note)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: points in order of x. A y of None (or NaN, stored as None) leaves a gap."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"series '{self.name}' has {len(self.x)} x values and {len(self.y)} y values")
+
+    @classmethod
+    def of(cls, name: str, x: Sequence[float], y: Sequence[float | None]) -> Series:
+        return cls(name, tuple(float(v) for v in x), tuple(_finite(v) for v in y))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A horizontal line to compare a chart with: a target, a baseline, chance."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line chart. `zoom` bounds the y axis to where the line spends its time (loss curves start far above)."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    references: tuple[Reference, ...] = ()
+    note: str = ""
+    zoom: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Grouped bars: `values[s][g]` is the value of series s in group g; None where there is none."""
+
+    title: str
+    unit: str
+    groups: tuple[str, ...]
+    series: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    note: str = ""
+    highlight: str | None = None  # the series that is ours; the others are drawn quieter
+
+    def __post_init__(self) -> None:
+        shape_holds = len(self.values) == len(self.series)
+        if not shape_holds or any(len(line) != len(self.groups) for line in self.values):
+            raise ValueError(
+                f"bars '{self.title}': expected {len(self.series)} series of {len(self.groups)} values each"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        unit: str,
+        groups: Sequence[str],
+        values: Mapping[str, Sequence[float | None]],
+        *,
+        note: str = "",
+        highlight: str | None = None,
+    ) -> Bars:
+        """`values` maps the name of a series to its value in every group."""
+        lines = tuple(tuple(_finite(v) for v in line) for line in values.values())
+        return cls(title, unit, tuple(groups), tuple(values), lines, note, highlight)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure with a threshold it was meant to meet. `value` None: it was not measured, hence not reached."""
+
+    text: str
+    value: float | None
+    comparison: Comparison
+    threshold: float
+    unit: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.comparison not in _HOLDS:
+            raise ValueError(
+                f"claim '{self.text}': comparison '{self.comparison}' is none of {', '.join(_HOLDS)}"
+            )
+        object.__setattr__(self, "value", _finite(self.value))
+
+    @property
+    def reached(self) -> bool:
+        return self.value is not None and _HOLDS[self.comparison](self.value, self.threshold)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one stage said. `ended` is false where it ran out of tokens; None where ending is not asked (base)."""
+
+    stage: str
+    text: str
+    ended: bool | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and the answers to it; the card joins the samples of all stages that share a prompt."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Licence:
+    """One data source as it was used, and its terms."""
+
+    source: str
+    licence: str
+    documents: int | None = None
+    num_bytes: int | None = None
+    used_for: str = ""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """Everything one stage says on the card. `headline` stands in the ring; `parameters` counts the stage's model."""
+
+    stage: str
+    headline: Fact | None = None
+    summary: str = ""
+    parameters: int | None = None
+    facts: tuple[Fact, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    bars: tuple[Bars, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    tables: tuple[Table, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    licences: tuple[Licence, ...] = ()
+
+
+def to_json(report: StageReport) -> dict[str, Any]:
+    """Plain JSON values, no NaN; each claim carries `reached` for other readers of the file."""
+    data: dict[str, Any] = _plain(asdict(report))
+    for entry, claim in zip(data["claims"], report.claims, strict=True):
+        entry["reached"] = claim.reached
+    return data
+
+
+def from_json(data: Mapping[str, Any]) -> StageReport:
+    """The inverse of `to_json`, strict. Raises `RunError` on unknown keys, wrong shapes, or a claim whose `reached`
+    is not what its value says."""
+    try:
+        return _stage_report(data)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        name = data.get("stage", "?") if isinstance(data, Mapping) else "?"
+        raise RunError(
+            f"the report of stage '{name}' cannot be read: {error}; run the stage again"
+        ) from error
+
+
+def write_report(path: Path, report: StageReport) -> None:
+    """Write `report.json` whole or not at all (temporary name, then renamed)."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(to_json(report), ensure_ascii=False, allow_nan=False, indent=1), "utf-8")
+    temporary.replace(path)
+
+
+def read_report(path: Path) -> StageReport:
+    """Raises `RunError` naming the file if it is missing, not JSON, or not a report."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as a stage report: {error}; run the stage again") from error
+    return from_json(data)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _build(cls: type[T], data: Mapping[str, Any], **parsed: Any) -> T:
+    """`cls` from `data`, with the fields in `parsed` already made; unknown keys are refused."""
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown key '{unknown[0]}' in {cls.__name__}; known are {', '.join(sorted(known))}"
+        )
+    return cls(**{**data, **parsed})
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, Mapping):
+        return _build(Interval, value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ValueError(f"a table cell is text, a number, null or an interval, got {type(value).__name__}")
+
+
+def _table(data: Mapping[str, Any]) -> Table:
+    rows = tuple(tuple(_cell(value) for value in row) for row in data["rows"])
+    return _build(Table, data, columns=tuple(data["columns"]), rows=rows)
+
+
+def _series(data: Mapping[str, Any]) -> Series:
+    return _build(Series, data, x=tuple(data["x"]), y=tuple(data["y"]))
+
+
+def curve_from_json(data: Mapping[str, Any]) -> Curve:
+    series = tuple(_series(entry) for entry in data["series"])
+    references = tuple(_build(Reference, entry) for entry in data.get("references", ()))
+    return _build(Curve, data, series=series, references=references)
+
+
+def _bars(data: Mapping[str, Any]) -> Bars:
+    values = tuple(tuple(line) for line in data["values"])
+    return _build(Bars, data, groups=tuple(data["groups"]), series=tuple(data["series"]), values=values)
+
+
+def _claim(data: Mapping[str, Any]) -> Claim:
+    stated = data.get("reached")
+    claim = _build(Claim, {key: value for key, value in data.items() if key != "reached"})
+    if stated is not None and stated != claim.reached:
+        raise ValueError(f"claim '{claim.text}' says reached={stated}, but its value says {claim.reached}")
+    return claim
+
+
+def _sample(data: Mapping[str, Any]) -> Sample:
+    return _build(Sample, data, answers=tuple(_build(Answer, entry) for entry in data["answers"]))
+
+
+def _stage_report(data: Mapping[str, Any]) -> StageReport:
+    makers: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+        "facts": lambda entry: _build(Fact, entry),
+        "claims": _claim,
+        "bars": _bars,
+        "curves": curve_from_json,
+        "tables": _table,
+        "samples": _sample,
+        "licences": lambda entry: _build(Licence, entry),
+    }
+    parsed = {key: tuple(make(entry) for entry in data.get(key, ())) for key, make in makers.items()}
+    headline = data.get("headline")
+    return _build(StageReport, data, headline=None if headline is None else _build(Fact, headline), **parsed)
