@@ -1,7 +1,7 @@
 """What a stage tells the run card: facts, curves, bars, tables, claims, samples, licences.
 
-Each stage of a recipe fills one `StageReport` and leaves it as `runs/NAME/<stage>/report.json`; recipes/card.py reads
-those files and knows nothing else about a stage. Values only, no drawing (charts.py) and no page (card.py).
+Each stage of a recipe fills one `StageReport` and leaves it as `runs/NAME/<stage>/report.json`; recipes/card.py
+reads those files and knows nothing else about a stage. Values only: charts.py draws, card.py makes the page.
 
 A claim with a threshold computes for itself whether it was reached, so no stage can bend it.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
+from fledge.config import from_json, to_json
 from fledge.errors import RunError
 
-T = TypeVar("T")
+CellT = TypeVar("CellT")
 Comparison = Literal["<", "<=", ">", ">="]
 
 _HOLDS: Mapping[str, Callable[[float, float], bool]] = {
@@ -30,7 +31,7 @@ _HOLDS: Mapping[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value with its confidence interval; `mark` is what it is compared with (0.5 for a win rate)."""
+    """A measured value with its confidence interval; `mark` is what to compare it with (0.5 for a win rate)."""
 
     value: float
     low: float
@@ -55,6 +56,9 @@ class Fact:
     value: str | int | float | None
     unit: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _clean(self.value))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -74,6 +78,7 @@ class Table:
                 raise ValueError(
                     f"table '{self.title}': a row has {len(row)} cells under {len(self.columns)} columns"
                 )
+        object.__setattr__(self, "rows", tuple(tuple(_clean(cell) for cell in row) for row in self.rows))
 
     @classmethod
     def of(cls, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], note: str = "") -> Table:
@@ -108,7 +113,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line chart. `zoom` bounds the y axis to where the line spends its time (loss curves start far above)."""
+    """A line chart. `zoom` cuts the y axis to where the lines spend their time (a loss starts far above)."""
 
     title: str
     x_label: str
@@ -156,7 +161,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Claim:
-    """A figure with a threshold it was meant to meet. `value` None: it was not measured, hence not reached."""
+    """A figure and the threshold it was meant to meet. `value` None: not measured, hence not reached.
+
+    `reached` is computed; giving another answer than the value does is refused.
+    """
 
     text: str
     value: float | None
@@ -179,7 +187,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one stage said. `ended` is false where it ran out of tokens; None where ending is not asked (base)."""
+    """What one stage said. `ended` is false where it ran out of tokens, None where it is not asked to end."""
 
     stage: str
     text: str
@@ -208,7 +216,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class StageReport:
-    """Everything one stage says on the card. `headline` stands in the ring; `parameters` counts the stage's model."""
+    """All that one stage says on the card. `headline` stands in the ring; `parameters` counts its model's."""
 
     stage: str
     headline: Fact | None = None
@@ -223,26 +231,6 @@ class StageReport:
     licences: tuple[Licence, ...] = ()
 
 
-def to_json(report: StageReport) -> dict[str, Any]:
-    """Plain JSON values, no NaN; each claim carries `reached` for other readers of the file."""
-    data: dict[str, Any] = _plain(asdict(report))
-    for entry, claim in zip(data["claims"], report.claims, strict=True):
-        entry["reached"] = claim.reached
-    return data
-
-
-def from_json(data: Mapping[str, Any]) -> StageReport:
-    """The inverse of `to_json`, strict. Raises `RunError` on unknown keys, wrong shapes, or a claim whose `reached`
-    is not what its value says."""
-    try:
-        return _stage_report(data)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        name = data.get("stage", "?") if isinstance(data, Mapping) else "?"
-        raise RunError(
-            f"the report of stage '{name}' cannot be read: {error}; run the stage again"
-        ) from error
-
-
 def write_report(path: Path, report: StageReport) -> None:
     """Write `report.json` whole or not at all (temporary name, then renamed)."""
     temporary = path.with_name(path.name + ".tmp")
@@ -251,90 +239,18 @@ def write_report(path: Path, report: StageReport) -> None:
 
 
 def read_report(path: Path) -> StageReport:
-    """Raises `RunError` naming the file if it is missing, not JSON, or not a report."""
+    """Raises `RunError` naming the file if it is missing, not JSON, or not a report; a claim whose `reached` is not
+    what its value says counts as altered."""
     try:
-        data = json.loads(path.read_text("utf-8"))
+        return from_json(StageReport, json.loads(path.read_text("utf-8")))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read as a stage report: {error}; run the stage again") from error
-    return from_json(data)
+        raise RunError(f"{path} is not a stage report: {error}; delete it and run the stage again") from error
 
 
 def _finite(value: float | None) -> float | None:
+    """JSON has no NaN; a figure that is not a number is a missing one."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _build(cls: type[T], data: Mapping[str, Any], **parsed: Any) -> T:
-    """`cls` from `data`, with the fields in `parsed` already made; unknown keys are refused."""
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ValueError(
-            f"unknown key '{unknown[0]}' in {cls.__name__}; known are {', '.join(sorted(known))}"
-        )
-    return cls(**{**data, **parsed})
-
-
-def _cell(value: Any) -> Cell:
-    if isinstance(value, Mapping):
-        return _build(Interval, value)
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ValueError(f"a table cell is text, a number, null or an interval, got {type(value).__name__}")
-
-
-def _table(data: Mapping[str, Any]) -> Table:
-    rows = tuple(tuple(_cell(value) for value in row) for row in data["rows"])
-    return _build(Table, data, columns=tuple(data["columns"]), rows=rows)
-
-
-def _series(data: Mapping[str, Any]) -> Series:
-    return _build(Series, data, x=tuple(data["x"]), y=tuple(data["y"]))
-
-
-def curve_from_json(data: Mapping[str, Any]) -> Curve:
-    series = tuple(_series(entry) for entry in data["series"])
-    references = tuple(_build(Reference, entry) for entry in data.get("references", ()))
-    return _build(Curve, data, series=series, references=references)
-
-
-def _bars(data: Mapping[str, Any]) -> Bars:
-    values = tuple(tuple(line) for line in data["values"])
-    return _build(Bars, data, groups=tuple(data["groups"]), series=tuple(data["series"]), values=values)
-
-
-def _claim(data: Mapping[str, Any]) -> Claim:
-    stated = data.get("reached")
-    claim = _build(Claim, {key: value for key, value in data.items() if key != "reached"})
-    if stated is not None and stated != claim.reached:
-        raise ValueError(f"claim '{claim.text}' says reached={stated}, but its value says {claim.reached}")
-    return claim
-
-
-def _sample(data: Mapping[str, Any]) -> Sample:
-    return _build(Sample, data, answers=tuple(_build(Answer, entry) for entry in data["answers"]))
-
-
-def _stage_report(data: Mapping[str, Any]) -> StageReport:
-    makers: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-        "facts": lambda entry: _build(Fact, entry),
-        "claims": _claim,
-        "bars": _bars,
-        "curves": curve_from_json,
-        "tables": _table,
-        "samples": _sample,
-        "licences": lambda entry: _build(Licence, entry),
-    }
-    parsed = {key: tuple(make(entry) for entry in data.get(key, ())) for key, make in makers.items()}
-    headline = data.get("headline")
-    return _build(StageReport, data, headline=None if headline is None else _build(Fact, headline), **parsed)
+def _clean(value: CellT) -> CellT | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
