@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 
-class Term(NamedTuple):
+@dataclass(frozen=True)
+class Term:
     """One term of a loss: a SUM over `count` items, entering the total as `weight * sum / global count`."""
 
     sum: Tensor

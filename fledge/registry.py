@@ -30,11 +30,43 @@ class Family:
 
 
 FAMILIES = (
-    Family("ngram", 1995, "counts", "Kneser & Ney 1995; Chen & Goodman 1999", "fledge.models.ngram", "NGramConfig", "NGram"),
-    Family("gpt", 2018, "causal", "Radford et al. 2018, 2019; Brown et al. 2020", "fledge.models.gpt", "GPTConfig", "GPT"),
+    Family(
+        "ngram",
+        1995,
+        "counts",
+        "Kneser & Ney 1995; Chen & Goodman 1999",
+        "fledge.models.ngram",
+        "NGramConfig",
+        "NGram",
+    ),
+    Family(
+        "gpt",
+        2018,
+        "causal",
+        "Radford et al. 2018, 2019; Brown et al. 2020",
+        "fledge.models.gpt",
+        "GPTConfig",
+        "GPT",
+    ),
     Family("llama", 2023, "causal", "Touvron et al. 2023", "fledge.models.llama", "LlamaConfig", "Llama"),
-    Family("pocket", 2026, "causal", "this project; sources in the file", "fledge.models.pocket", "PocketConfig", "Pocket"),
-    Family("scalar", 2022, "scalar", "Ouyang et al. 2022, section 3.5", "fledge.models.scalar", "ScalarConfig", "ScalarModel"),
+    Family(
+        "pocket",
+        2026,
+        "causal",
+        "this project; sources in the file",
+        "fledge.models.pocket",
+        "PocketConfig",
+        "Pocket",
+    ),
+    Family(
+        "scalar",
+        2022,
+        "scalar",
+        "Ouyang et al. 2022, section 3.5",
+        "fledge.models.scalar",
+        "ScalarConfig",
+        "ScalarModel",
+    ),
 )
 
 

@@ -1,0 +1,45 @@
+# `make up`    set up, raise the pocket model (or go on where it stopped), open a chat with it
+# `make test`  set up, check style and types, run the tests that fit in minutes
+
+RECIPE ?= pocket
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The first interpreter that runs and is one fledge supports; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: up setup test test-all lint bench clean
+.DEFAULT_GOAL := up
+
+up: setup
+	@$(BIN)/fledge raise $(RECIPE)
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/fledge chat $(RECIPE); \
+	else echo "The model is ready. Chat with it in a terminal: $(BIN)/fledge chat $(RECIPE)"; fi
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "fledge needs Python 3.11 or 3.12 (with venv); install one, or say make PYTHON=/path/to/python"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+bench: setup
+	$(BIN)/python bench/train_speed.py
+	$(BIN)/python bench/generate_speed.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

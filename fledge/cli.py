@@ -1,0 +1,71 @@
+"""The table of commands. Each command is one file in commands/; its module is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from fledge import __version__
+from fledge.errors import Interrupted, TrainingHalted, UserError
+
+COMMANDS = (
+    ("raise", "raise_", "raise a model: the whole ring, or go on where it stopped"),
+    ("chat", "chat", "talk with a model in the terminal"),
+    ("complete", "complete", "continue a text"),
+    ("compare", "compare", "the same prompts, several models, side by side"),
+    ("eval", "eval", "measure a model"),
+    ("card", "card", "write and show the card of a run"),
+    ("data", "data", "the corpora fledge can read, and what is in them"),
+    ("tokenizer", "tokenizer", "train, show and measure tokenizers"),
+    ("models", "models", "the model families and their published sizes"),
+)
+USAGE, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(AttributeError):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        parsed = _parser(arguments).parse_args(arguments)
+        code: int = parsed.run(parsed)
+        return code
+    except UserError as error:
+        return _say(f"fledge: {error}", USAGE)
+    except TrainingHalted as error:
+        return _say(f"fledge: training halted: {error}", 1)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return _say(f"fledge: {error or 'stopped'}", INTERRUPTED)
+    except OSError as error:
+        if os.environ.get("FLEDGE_TRACEBACK"):
+            raise
+        return _say(f"fledge: {error.filename or 'the system'}: {error.strerror or error}", USAGE)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, of which only the one that was named is imported."""
+    parser = argparse.ArgumentParser(prog="fledge", description="Raise a ChatGPT from raw text.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fledge {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, module, summary in COMMANDS:
+        if name == named:
+            importlib.import_module(f"fledge.commands.{module}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def _say(line: str, code: int) -> int:
+    print(" ".join(line.split("\n")), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Strict frozen configs <-> JSON <-> `--set a.b=c`.
+
+A config is a frozen dataclass whose fields are bool, int, float, str, None-able versions of these, Literals, tuples,
+string-keyed dicts, or further configs. Reading is strict: an unknown key, a missing key or a wrong type stops before
+any work and names the path, the value and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from fledge.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_json(config: Any) -> Any:
+    """The config as JSON values: dicts, lists, strings, numbers, booleans, None."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_json(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_json(value) for value in config]
+    return config
+
+
+def from_json(cls: type[ConfigT], data: object, *, path: str = "") -> ConfigT:
+    """Build `cls` from what `to_json` wrote; `ConfigError` names the path of the first thing that does not fit."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or cls.__name__}: expected an object with the fields of {cls.__name__}, got {data!r}")
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
+    for key in data:
+        if key not in fields:
+            raise ConfigError(f"unknown key '{_join(path, str(key))}'{_nearest(str(key), fields)}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _read(hints[name], data[name], _join(path, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing key '{_join(path, name)}'")
+    return _construct(cls, values, path)
+
+
+def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
+    """A copy of `config` with leaves replaced: each assignment reads `a.b=value`, the value in JSON or bare text."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set wants key=value, got '{assignment}'")
+        config = _replace(config, path.split("."), text, path)
+    return config
+
+
+def config_hash(config: Any) -> str:
+    """sha256 of the canonical JSON of a config or of plain JSON values."""
+    canonical = json.dumps(to_json(config), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _replace(config: Any, keys: list[str], text: str, path: str) -> Any:
+    if isinstance(config, Mapping):
+        if len(keys) != 1:
+            raise ConfigError(f"'{path}' goes deeper than '{keys[0]}', which is a plain value")
+        return {**config, keys[0]: _parse(text)}
+    if not dataclasses.is_dataclass(config):
+        raise ConfigError(f"'{path}' goes deeper than a plain value")
+    names = [field.name for field in dataclasses.fields(config)]
+    if keys[0] not in names:
+        raise ConfigError(f"unknown key '{path}': no '{keys[0]}' here{_nearest(keys[0], names)}")
+    current = getattr(config, keys[0])
+    if len(keys) > 1:
+        value = _replace(current, keys[1:], text, path)
+    elif dataclasses.is_dataclass(current):
+        raise ConfigError(f"'{path}' is a group; set one of {', '.join(f.name for f in dataclasses.fields(current))}")
+    else:
+        hint = get_type_hints(type(config))[keys[0]]
+        value = _read(hint, _parse(text) if hint is not str else text, path)
+    everything = {name: getattr(config, name) for name in names}
+    return _construct(type(config), {**everything, keys[0]: value}, path)
+
+
+def _construct(cls: type[ConfigT], values: dict[str, Any], path: str) -> ConfigT:
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path or cls.__name__}: {error}") from error
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except ValueError:
+        return text
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ConfigError(f"{name} is not a value that a setting can take")
+
+
+def _read(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type that `hint` names, or a ConfigError."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _read_union(get_args(hint), value, path)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(repr, get_args(hint)))}")
+    if origin is tuple:
+        return _read_tuple(get_args(hint), value, path)
+    if origin in (dict, Mapping) or origin is typing.get_origin(Mapping[str, int]):
+        return _read_mapping(get_args(hint)[1], value, path)
+    if dataclasses.is_dataclass(hint):
+        return from_json(cast(type[Any], hint), value, path=path)
+    if hint is Any:
+        return value
+    return _read_scalar(hint, value, path)
+
+
+def _read_scalar(hint: type, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is type(None) and value is None:
+        return None
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _read_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
+    complaints = []
+    for option in options:
+        try:
+            return _read(option, value, path)
+        except ConfigError as complaint:
+            complaints.append(str(complaint))
+    raise ConfigError(complaints[0])
+
+
+def _read_tuple(items: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{path}: expected a list, got {value!r}")
+    if len(items) == 2 and items[1] is Ellipsis:
+        return tuple(_read(items[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if len(items) != len(value):
+        raise ConfigError(f"{path}: expected {len(items)} items, got {len(value)}")
+    return tuple(_read(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(items, value, strict=True)))
+
+
+def _read_mapping(hint: Any, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: expected an object, got {value!r}")
+    return {str(key): _read(hint, item, _join(path, str(key))) for key, item in value.items()}
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(names)}"

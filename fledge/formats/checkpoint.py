@@ -1,0 +1,197 @@
+"""fledge's own checkpoint: a directory that says what it is.
+
+    run.json              family, config, hashes of tokenizer and template, parents, sha256 of the files beside it
+    model.safetensors     weights; a tied parameter is stored once and named in run.json
+    tokenizer.json        the tokenizer the ids mean something in
+
+A training state, from which an interrupted stage goes on, is a directory `state-<step>` with `state.safetensors`
+and `state.json`. Reading infers nothing from file names or tensor shapes, and verifies every hash.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fledge
+from fledge.config import from_json, to_json
+from fledge.errors import CheckpointError
+from fledge.files import sha256_file, write_directory, write_json
+from fledge.registry import load_family
+from fledge.text.chat import ChatRenderer
+from fledge.text.tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself. `parents` maps a role ("base", "reference", ...) to a checkpoint hash."""
+
+    family: str
+    config: dict[str, Any]
+    stage: str
+    tokenizer_hash: str
+    template_hash: str
+    parents: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    step: int = 0
+    tied: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    fledge_version: str = fledge.__version__
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint in memory. `hash` is the sha256 of its weights and identifies it in lineages."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    renderer: ChatRenderer
+    info: CheckpointInfo
+    hash: str
+    directory: Path
+
+
+def save_model(directory: Path, model: nn.Module, tokenizer: Tokenizer, info: CheckpointInfo) -> str:
+    """Write a checkpoint, whole or not at all; returns its hash (sha256 of model.safetensors)."""
+    weights, tied = _untied(model.state_dict())
+    described = {**to_json(info), "tied": tied}
+    hashes: dict[str, str] = {}
+
+    def fill(temporary: Path) -> None:
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(temporary / "tokenizer.json")
+        for name in ("model.safetensors", "tokenizer.json"):
+            hashes[name] = sha256_file(temporary / name)
+        write_json(temporary / "run.json", {"format": FORMAT, "files": hashes, **described})
+
+    write_directory(directory, fill)
+    return hashes["model.safetensors"]
+
+
+def read_info(directory: Path) -> tuple[CheckpointInfo, dict[str, str]]:
+    """What a checkpoint says it is, and the hashes its files must have; reads no weights."""
+    path = directory / "run.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: not a fledge checkpoint (no run.json in it); name RUN or RUN:STAGE"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version, files = data.pop("format"), data.pop("files")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); remove {directory} and make it again") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: format {version}, this fledge reads {FORMAT}; use the fledge that wrote it")
+    return from_json(CheckpointInfo, data), files
+
+
+def load_model(directory: Path, *, device: torch.device | None = None) -> LoadedModel:
+    """Read a checkpoint, verifying every hash; `CheckpointError` names the file that is missing or altered."""
+    info, files = read_info(directory)
+    for name, expected in files.items():
+        _verify(directory / name, expected)
+    config_class, model_class = load_family(info.family)
+    model: nn.Module = model_class(from_json(config_class, info.config))
+    weights = load_file(directory / "model.safetensors")
+    for name, source in info.tied.items():
+        weights[name] = weights[source]
+    model.load_state_dict(weights)
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    if tokenizer.hash != info.tokenizer_hash:
+        raise CheckpointError(f"{directory / 'tokenizer.json'}: not the tokenizer that this model was trained with")
+    renderer = ChatRenderer(tokenizer)
+    if renderer.hash != info.template_hash:
+        raise CheckpointError(f"{directory}: made with another chat template; use the fledge that wrote it")
+    model.eval()
+    hashed = files["model.safetensors"]
+    return LoadedModel(model.to(device or torch.device("cpu")), tokenizer, renderer, info, hashed, directory)
+
+
+def save_state(parent: Path, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+    """Write a training state and then remove the older ones; a crash at any moment leaves one that is whole."""
+
+    def fill(temporary: Path) -> None:
+        save_file(_separate(tensors), temporary / "state.safetensors")
+        written = sha256_file(temporary / "state.safetensors")
+        write_json(
+            temporary / "state.json", {"format": FORMAT, "step": step, "sha256": written, "scalars": dict(scalars)}
+        )
+
+    write_directory(parent / f"state-{step:08d}", fill)
+    for _, older in _states(parent)[:-1]:
+        shutil.rmtree(older)
+
+
+def load_state(parent: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """(step, tensors, scalars) of the newest training state in `parent`, or None if there is none."""
+    states = _states(parent)
+    if not states:
+        return None
+    step, directory = states[-1]
+    try:
+        data = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        expected, scalars = data["sha256"], data["scalars"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory / 'state.json'}: damaged ({error}); remove {directory}"
+        ) from error
+    _verify(directory / "state.safetensors", expected)
+    return step, load_file(directory / "state.safetensors"), scalars
+
+
+def clear_states(parent: Path) -> None:
+    """Remove the training states of a stage that has finished."""
+    for _, directory in _states(parent):
+        shutil.rmtree(directory)
+
+
+def _states(parent: Path) -> list[tuple[int, Path]]:
+    matches = ((re.fullmatch(r"state-(\d{8})", entry.name), entry) for entry in parent.glob("state-*"))
+    return sorted((int(match[1]), entry) for match, entry in matches if match)
+
+
+def _verify(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; remove its folder and run the same command again to make it anew")
+    if sha256_file(path) != expected:
+        raise CheckpointError(
+            f"{path}: truncated or altered (its sha256 is not the recorded one); "
+            "restore it, or remove its folder and run the same command again to make it anew"
+        )
+
+
+def _untied(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each storage once; `tied` maps the further names of a tensor to the one it is stored under."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first_of: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in first_of:
+            tied[name] = first_of[key]
+        else:
+            first_of[key] = name
+            kept[name] = tensor.detach().contiguous().cpu()
+    return kept, tied
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as the format wants them."""
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        separate[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return separate

@@ -1,0 +1,167 @@
+"""Run folders: where a raised model lives, which stages are finished, and who may write.
+
+    runs/NAME/
+      plan.json              the frozen recipe
+      <stage>/manifest.json  written last: hashes of what the stage read and wrote, and what it cost
+      metrics.jsonl          one line a step of every stage
+      samples.jsonl, card.json, card.html
+
+A stage is finished when its manifest is there and every hash in it still holds. `.lock` keeps two processes apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fledge.errors import RunError
+from fledge.files import sha256_file, write_json
+
+SERVED_STAGES = ("ppo", "sft", "code", "pretrain")  # the order in which RUN alone picks its model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took, over all its sittings. `flops` counts the model's own arithmetic (docs/metrics.md)."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    mfu: float | None = None
+    peak_rss_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished stage. `inputs` and `outputs` map a role or a file (relative to the stage) to its sha256."""
+
+    stage: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    cost: Cost
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def run_path(name: str, runs: Path) -> Path:
+    """`runs/NAME`; `RunError` if NAME could not be a folder's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise RunError(f"'{name}' cannot name a run; use letters, digits, '.', '_' and '-', beginning with the first two")
+    return runs / name
+
+
+def find_run(name: str, runs: Path = Path("runs")) -> Path:
+    """The folder of a run that exists; `RunError` names the runs there are."""
+    path = Path(name) if (Path(name) / "plan.json").is_file() else run_path(name, runs)
+    if (path / "plan.json").is_file():
+        return path
+    known = sorted(entry.parent.name for entry in runs.glob("*/plan.json"))
+    if not known:
+        raise RunError(f"no run '{name}': {runs} holds none yet; raise one with `fledge raise pocket`")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+    raise RunError(f"no run '{name}' in {runs}; {hint}")
+
+
+def resolve_model(spec: str, runs: Path = Path("runs")) -> Path:
+    """The checkpoint folder of `RUN` (its furthest stage) or `RUN:STAGE`, or of a path to a checkpoint."""
+    if (Path(spec) / "run.json").is_file():
+        return Path(spec)
+    name, colon, stage = spec.partition(":")
+    run = find_run(name, runs)
+    finished = [stage for stage in SERVED_STAGES if (run / stage / "manifest.json").is_file()]
+    if not colon and finished:
+        return run / finished[0] / "model"
+    have = ", ".join(reversed(finished)) or "none yet"
+    if not colon:
+        raise RunError(f"run '{name}' has no finished model; go on with `fledge raise {name}`")
+    if not (run / stage / "model" / "run.json").is_file():
+        raise RunError(f"run '{name}' has no model '{stage}'; finished stages with one: {have}")
+    return run / stage / "model"
+
+
+def open_run(name: str, plan: Mapping[str, Any], runs: Path) -> tuple[Path, str | None]:
+    """The folder for `plan`, made if need be, and a sentence for the user if it is not simply `runs/NAME`.
+
+    A folder whose plan differs is never touched: the run gets the next free name, `NAME-2` and so on, or goes on in
+    the one of these that has the same plan.
+    """
+    for number in range(1, 1000):
+        candidate = name if number == 1 else f"{name}-{number}"
+        path = run_path(candidate, runs)
+        if not (path / "plan.json").is_file():
+            write_json(path / "plan.json", plan)
+            return path, None if number == 1 else f"the plan of '{name}' has changed: starting a new run, '{candidate}'"
+        if _read_json(path / "plan.json") == json.loads(json.dumps(plan)):
+            return path, None if number == 1 else f"the plan of '{name}' differs: going on with '{candidate}'"
+    raise RunError(f"{runs}: a thousand runs are named after '{name}'; choose another name with --name")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the run folder for this process; `RunError` if another one has it. The lock dies with the process."""
+    with (path / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise RunError(f"{path}: in use by process {holder}; wait for it, or raise another run with --name") from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def write_manifest(stage_path: Path, manifest: Manifest) -> None:
+    write_json(stage_path / "manifest.json", asdict(manifest))
+
+
+def read_manifest(stage_path: Path) -> Manifest | None:
+    """The manifest of a finished stage, or None; `RunError` if it cannot be read."""
+    path = stage_path / "manifest.json"
+    if not path.is_file():
+        return None
+    data = _read_json(path)
+    try:
+        return Manifest(**{**data, "cost": Cost(**data["cost"])})
+    except (TypeError, KeyError) as error:
+        raise RunError(f"{path}: damaged ({error}); remove {stage_path} and run the same command again") from error
+
+
+def verify_outputs(stage_path: Path, manifest: Manifest) -> None:
+    """Check every file a finished stage wrote; `RunError` names the first that is missing or altered."""
+    for name, expected in manifest.outputs.items():
+        path = stage_path / name
+        if not path.is_file():
+            complaint = "missing"
+        elif sha256_file(path) != expected:
+            complaint = "truncated or altered"
+        else:
+            continue
+        raise RunError(
+            f"{path}: {complaint} since stage '{manifest.stage}' finished; restore it, "
+            f"or remove {stage_path} to make this stage and the later ones again"
+        )
+
+
+def hash_outputs(stage_path: Path) -> dict[str, str]:
+    """sha256 of every file below a stage's folder but for its training states and its manifest."""
+    files = sorted(entry for entry in stage_path.rglob("*") if entry.is_file())
+    names = [str(entry.relative_to(stage_path)) for entry in files]
+    kept = [name for name in names if not name.startswith(("state-", "manifest.json")) and ".writing" not in name]
+    return {name: sha256_file(stage_path / name) for name in kept}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: damaged ({error}); remove it or its folder and run the same command again") from error
