@@ -50,7 +50,7 @@ Cell = str | int | float | bool | None | Interval
 
 @dataclass(frozen=True)
 class Fact:
-    """One labelled figure: `Fact("validation", 1.41, "bits per byte")`."""
+    """One labelled figure: `Fact("validation", 1.41, "bits per byte")`. Unit "%" wants a fraction."""
 
     label: str
     value: str | int | float | None
@@ -88,14 +88,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: points in order of x. A y of None (or NaN, stored as None) leaves a gap."""
+    """One line of a chart: points in order of x. A y of None (or NaN, stored as None) leaves a gap.
+
+    `smooth`, if not empty, is the trend at the same x; then y is drawn faintly behind it (card_curves.py fills it).
+    """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float | None, ...]
+    smooth: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
+        if len(self.x) != len(self.y) or len(self.smooth) not in (0, len(self.x)):
             raise ValueError(f"series '{self.name}' has {len(self.x)} x values and {len(self.y)} y values")
 
     @classmethod
@@ -163,6 +167,7 @@ class Bars:
 class Claim:
     """A figure and the threshold it was meant to meet. `value` None: not measured, hence not reached.
 
+    With unit "%" both are fractions and are printed times 100.
     `reached` is computed; giving another answer than the value does is refused.
     """
 

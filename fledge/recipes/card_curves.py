@@ -1,0 +1,134 @@
+"""From `metrics.jsonl` to the curves on the run card.
+
+The file has one JSON object a step: {"stage": ..., "step": ..., metric: number, ...}. Known metrics share charts as
+`CHARTS` says; every other numeric metric gets a small chart of its own, so nothing that was logged stays unseen.
+Long series are thinned so that every spike survives: of each bucket of steps the lowest and the highest stay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fledge.errors import RunError
+from fledge.recipes.report import Curve, Series
+
+MAX_POINTS = 400  # twice the width of a chart in pixels shows no more than this
+SMOOTH_FROM = 40  # shorter series are drawn as they are
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Which metrics share one chart: `metrics` maps the name in the file to the name of the line."""
+
+    title: str
+    y_label: str
+    metrics: Mapping[str, str]
+    zoom: bool = False
+
+
+Steps = dict[str, list[tuple[float, float | None]]]  # metric -> (step, value) in order of step
+
+
+def read_metrics(path: Path) -> dict[str, Steps]:
+    """Stage -> metric -> points. A torn last line (the process was killed while writing) is left out; a step written
+    twice (after a resume) counts once, the later line wins. Raises `RunError` for damage anywhere else."""
+    found: dict[str, dict[str, dict[float, float | None]]] = {}
+    for line in _lines(path):
+        stage, step = str(line.get("stage", "run")), line.get("step")
+        if not isinstance(step, int | float):
+            continue
+        metrics = found.setdefault(stage, {})
+        for name, value in line.items():
+            if name == "step" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            metrics.setdefault(name, {})[float(step)] = float(value) if math.isfinite(value) else None
+    return {
+        stage: {name: sorted(points.items()) for name, points in metrics.items()}
+        for stage, metrics in found.items()
+    }
+
+
+def curves(steps: Steps, charts: Sequence[Chart], skip: frozenset[str]) -> tuple[Curve, ...]:
+    """The charts of one stage, the known first; metrics in `skip` are left to others."""
+    left = {name: points for name, points in steps.items() if name not in skip and len(points) > 1}
+    made = []
+    for chart in charts:
+        lines = [(label, left.pop(name)) for name, label in chart.metrics.items() if name in left]
+        if lines:
+            series = tuple(thin(_series(label, points)) for label, points in lines)
+            made.append(Curve(chart.title, "step", chart.y_label, series, zoom=chart.zoom))
+    for name in sorted(left):
+        title = name.replace("_", " ").replace("/", " · ")
+        made.append(Curve(title, "step", "", (thin(_series(name, left[name])),)))
+    return tuple(made)
+
+
+def thin_curve(curve: Curve) -> Curve:
+    """`curve` with every long series thinned and smoothed."""
+    return replace(curve, series=tuple(thin(series) for series in curve.series))
+
+
+def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
+    """At most `max_points` of the points, the lowest and highest of every bucket among them, with a trend."""
+    count = len(series.x)
+    if count < SMOOTH_FROM or series.smooth:
+        return series
+    values = np.array([math.nan if y is None else y for y in series.y])
+    trend = _centred_mean(values, max(5, count // 25) | 1)
+    kept = np.arange(count) if count <= max_points else _extremes(values, max_points // 2)
+    return Series(
+        series.name,
+        tuple(series.x[i] for i in kept),
+        tuple(series.y[i] for i in kept),
+        tuple(None if math.isnan(trend[i]) else float(trend[i]) for i in kept),
+    )
+
+
+def _series(name: str, points: Sequence[tuple[float, float | None]]) -> Series:
+    return Series(name, tuple(x for x, _ in points), tuple(y for _, y in points))
+
+
+def _extremes(values: np.ndarray[Any, Any], num_buckets: int) -> list[int]:
+    """Indices, in order, of the first, the last, and each bucket's lowest and highest value."""
+    kept = {0, len(values) - 1}
+    for bucket in np.array_split(np.arange(1, len(values) - 1), num_buckets - 1):
+        if len(bucket) and not np.isnan(values[bucket]).all():
+            kept |= {int(bucket[np.nanargmin(values[bucket])]), int(bucket[np.nanargmax(values[bucket])])}
+        elif len(bucket):
+            kept.add(int(bucket[0]))  # a gap stays a gap
+    return sorted(kept)
+
+
+def _centred_mean(values: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
+    """The mean over `window` neighbours (fewer at both ends), gaps left out; NaN where there is nothing."""
+    known = ~np.isnan(values)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(len(values))
+    reach = np.minimum(window // 2, np.minimum(at, len(values) - 1 - at))
+    first, last = at - reach, at + reach + 1
+    found = counts[last] - counts[first]
+    means = (totals[last] - totals[first]) / np.maximum(found, 1)
+    return np.where((found > 0) & known, means, math.nan)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = json.loads(raw)
+            except ValueError as error:
+                if not raw.endswith(b"\n"):
+                    return
+                raise RunError(f"{path} line {number} is not JSON ({error}); delete that line") from error
+            if isinstance(line, dict):
+                yield line
