@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fledge import __version__
 from fledge.errors import Interrupted, TrainingHalted, UserError
@@ -25,6 +26,13 @@ COMMANDS = (
     ("models", "models", "the model families and their published sizes"),
 )
 USAGE, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line like every other error of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands, of which only the one that was named is imported."""
-    parser = argparse.ArgumentParser(prog="fledge", description="Raise a ChatGPT from raw text.", allow_abbrev=False)
+    parser = Parser(prog="fledge", description="Raise a ChatGPT from raw text.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fledge {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
