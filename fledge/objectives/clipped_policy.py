@@ -1,0 +1,128 @@
+"""PPO's policy loss: the clipped surrogate, over the tokens that are actions.
+
+    rho_t = exp(log pi(a_t) - log pi_old(a_t))        loss_t = max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps))
+
+`action_logprobs` is the one place that turns a model into the distribution actions are drawn from: temperature and
+banned ids are the same for the sampler, the old, the new and the reference policy.
+
+Source: Schulman et al. 2017 (1707.06347), eq. 7; dual clip: Ye et al. 2020 (1912.09729), eq. 5.
+Suffixes: B episodes, T positions (prompt and response), R response positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fledge.batches import Loss, Rollout, Term
+from fledge.layers.attention import SegmentContext
+from fledge.objectives.logprobs import entropy, target_logprobs
+from fledge.objectives.next_token import Trunk
+
+MAX_LOG_RATIO = 20.0  # exp(20) is far outside any clip range and far from overflow in float32
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """What an action is: one of the last `response_length` tokens of a row, drawn at `temperature`, never banned."""
+
+    response_length: int
+    temperature: float = 1.0
+    banned_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.response_length < 1 or self.temperature <= 0:
+            raise ValueError(f"response_length and temperature must be positive, got {self}")
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) of the distribution that actions are drawn from, float32."""
+        scaled = logits.float() / self.temperature
+        if not self.banned_ids:
+            return scaled
+        banned = torch.tensor(self.banned_ids, dtype=torch.int64, device=logits.device)
+        return scaled.index_fill(-1, banned, float("-inf"))
+
+
+def action_logprobs(
+    model: Trunk, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor, space: ActionSpace
+) -> tuple[Tensor, Tensor]:
+    """(log-probability of every response token, entropy in nats of the choice), each (B, T), 0 over the prompt.
+
+    `x` is what `embed` returned; the logit at t - 1 speaks of token t. A banned token has minus infinity. This is the
+    costly region, without sparse gradients, that a caller may compile.
+    """
+    x_BTD = model.hidden(x, SegmentContext(segments_BT))
+    logits_BRV = space.logits(model.unembed(x_BTD[:, -space.response_length - 1 : -1]))
+    logprobs_BR = target_logprobs(logits_BRV, tokens_BT[:, -space.response_length :])
+    prompt_length = tokens_BT.shape[1] - space.response_length
+    return F.pad(logprobs_BR, (prompt_length, 0)), F.pad(entropy(logits_BRV.detach()), (prompt_length, 0))
+
+
+PolicyRegion = Callable[[Trunk, Tensor, Tensor, Tensor, ActionSpace], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ClippedPolicy:
+    """`clip` is epsilon; with `dual_clip` c > 1 a negative advantage costs at most c times itself."""
+
+    space: ActionSpace
+    clip: float = 0.2
+    dual_clip: float | None = None
+    region: PolicyRegion = action_logprobs
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip must lie between 0 and 1, got {self.clip}")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}; None switches it off")
+
+    def collate(self, examples: Sequence[Rollout]) -> Rollout:
+        """Rollouts are batches already: exactly one is passed through."""
+        (rollout,) = examples
+        return rollout
+
+    def loss(self, model: Trunk, batch: Rollout) -> Loss:
+        """Term `policy`: sum over actions. Stats: see `policy_stats`."""
+        x = model.embed(batch.tokens_BT, SegmentContext(batch.segments_BT))
+        logprobs_BT, entropy_BT = self.region(model, x, batch.tokens_BT, batch.segments_BT, self.space)
+        mask_BT, count = batch.action_mask_BT, batch.counts["policy"]
+        # Positions that are no action may hold a banned token of log-probability minus infinity: keep them out.
+        log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - batch.old_logprobs_BT, 0.0)
+        loss_BT = clipped_policy_loss(log_ratio_BT, batch.advantages_BT, self.clip, self.dual_clip)
+        stats = policy_stats(log_ratio_BT.detach(), batch, self.clip)
+        stats["entropy"] = ((entropy_BT * mask_BT).sum(), count)
+        return Loss({"policy": Term((loss_BT * mask_BT).sum(), count)}, stats)
+
+
+def clipped_policy_loss(
+    log_ratio: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None
+) -> Tensor:
+    """The loss of each action; `log_ratio` is new minus old log-probability."""
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+
+
+@torch.no_grad()
+def policy_stats(log_ratio_BT: Tensor, batch: Rollout, clip: float) -> dict[str, tuple[Tensor, float]]:
+    """Means over actions of `approx_kl` (old to new, k3) and `clip_fraction`; `ratio_min`, `ratio_max`, `ratio_gap`.
+
+    The last three are extremes of rho and of |rho - 1| over the actions of this batch, each with count 1.
+    """
+    ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    mask_BT, count = batch.action_mask_BT, batch.counts["policy"]
+    # Clipped: past the bound that holds for the advantage's sign, so that the action's gradient is zero.
+    is_clipped_BT = torch.where(batch.advantages_BT > 0, ratio_BT > 1 + clip, ratio_BT < 1 - clip)
+    return {
+        "approx_kl": (((ratio_BT - 1 - log_ratio_BT) * mask_BT).sum(), count),
+        "clip_fraction": ((is_clipped_BT * mask_BT).sum(), count),
+        "ratio_min": (torch.where(mask_BT > 0, ratio_BT, torch.inf).min(), 1.0),
+        "ratio_max": (torch.where(mask_BT > 0, ratio_BT, -torch.inf).max(), 1.0),
+        "ratio_gap": (((ratio_BT - 1).abs() * mask_BT).max(), 1.0),
+    }

@@ -1,0 +1,123 @@
+"""K-wise ranking: the loss of reward models.
+
+For one prompt with K ranked completions, the mean of -log sigmoid(r_better - r_worse) over all pairs that are not
+ties. Every completion passes through the model once (K forwards, not K(K-1)), all pairs of a prompt stand in one
+batch, and every PROMPT weighs the same, however many pairs it has.
+
+Source: Ouyang et al. 2022 (2203.02155), eq. 1. Suffixes: N completions, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fledge.batches import Loss, RankingBatch, Term
+from fledge.errors import DataError
+from fledge.layers.attention import SegmentContext
+from fledge.models.scalar import ScalarModel, ScoreRegion, read_scores
+
+
+@dataclass(frozen=True)
+class RankedIds:
+    """A ranking as tokens: `completions[k]` follows `prompt`; `ranks[k]` is 1 for the best, equal ranks are ties."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.completions) != len(self.ranks):
+            raise DataError(
+                f"a ranking needs one rank a completion: {len(self.completions)} and {len(self.ranks)}"
+            )
+        if len(set(self.ranks)) < 2:
+            raise DataError("a ranking needs at least two different ranks; drop rankings that are all ties")
+        if not all(self.completions):
+            raise DataError(
+                "a completion of a ranking has no tokens; drop it or give it an end-of-turn token"
+            )
+
+
+@dataclass(frozen=True)
+class KWiseRanking:
+    """Rows are padded on the right to `row_length`; with `num_rows`, batches are filled with empty rows up to it.
+
+    Fixed shapes are what lets a compiled `region` be compiled once.
+    """
+
+    row_length: int
+    pad_id: int
+    num_rows: int | None = None
+    region: ScoreRegion = read_scores
+
+    def collate(self, examples: Sequence[RankedIds]) -> RankingBatch:
+        """Whole prompts to one batch. `DataError` for a completion that does not fit, or too many of them."""
+        rows = [(*ranking.prompt, *completion) for ranking in examples for completion in ranking.completions]
+        num_rows = len(rows) if self.num_rows is None else self.num_rows
+        longest = max(map(len, rows), default=0)
+        if longest > self.row_length:
+            raise DataError(
+                f"a ranked answer has {longest} tokens with its prompt, rows hold {self.row_length}"
+            )
+        if not rows or len(rows) > num_rows:
+            raise DataError(
+                f"a batch of {len(examples)} rankings has {len(rows)} answers, expected 1 to {num_rows}"
+            )
+        tokens_NT = torch.full((num_rows, self.row_length), self.pad_id, dtype=torch.int64)
+        segments_NT = torch.zeros((num_rows, self.row_length), dtype=torch.int32)
+        ends_N = torch.zeros(num_rows, dtype=torch.int64)
+        # Empty rows belong to a prompt of their own, where all of them tie: they form no pair.
+        prompt_N = torch.full((num_rows,), len(examples), dtype=torch.int64)
+        ranks_N = torch.zeros(num_rows, dtype=torch.int64)
+        for n, row in enumerate(rows):
+            tokens_NT[n, : len(row)] = torch.tensor(row)
+            segments_NT[n, : len(row)] = 1
+            ends_N[n] = len(row) - 1
+        prompt_of = [p for p, ranking in enumerate(examples) for _ in ranking.completions]
+        prompt_N[: len(rows)] = torch.tensor(prompt_of)
+        ranks_N[: len(rows)] = torch.tensor([rank for ranking in examples for rank in ranking.ranks])
+        return RankingBatch(tokens_NT, segments_NT, ends_N, prompt_N, ranks_N, len(examples))
+
+    def loss(self, model: ScalarModel, batch: RankingBatch) -> Loss:
+        """Term `ranking`: sum over prompts. Stats: pair accuracy and margin, mean score, pairs a prompt."""
+        scores_N = last_scores(model, batch, self.region)
+        loss_sum = kwise_loss_sum(scores_N, batch.prompt_N, batch.ranks_N)
+        with torch.no_grad():
+            beats_NN = strict_pairs(batch.prompt_N, batch.ranks_N)
+            gap_NN = scores_N[:, None] - scores_N[None, :]
+            num_pairs = float(beats_NN.sum())
+            is_real_N = batch.prompt_N < batch.num_prompts
+            stats = {
+                "accuracy": (((gap_NN > 0) & beats_NN).sum(), num_pairs),
+                "margin": ((gap_NN * beats_NN).sum(), num_pairs),
+                "score": ((scores_N * is_real_N).sum(), float(is_real_N.sum())),
+                "pairs_per_prompt": (beats_NN.sum(), float(batch.num_prompts)),
+            }
+        return Loss({"ranking": Term(loss_sum, float(batch.num_prompts))}, stats)
+
+
+def last_scores(model: ScalarModel, batch: RankingBatch, region: ScoreRegion = read_scores) -> Tensor:
+    """scores_N: what the model says at the last real token of each row."""
+    x = model.embed(batch.tokens_NT, SegmentContext(batch.segments_NT))
+    return region(model, x, batch.segments_NT).gather(1, batch.ends_N[:, None]).squeeze(1)
+
+
+def strict_pairs(prompt_N: Tensor, ranks_N: Tensor) -> Tensor:
+    """beats_NN[i, j]: i and j answer the same prompt and i is ranked strictly better."""
+    return (prompt_N[:, None] == prompt_N[None, :]) & (ranks_N[:, None] < ranks_N[None, :])
+
+
+def kwise_loss_sum(scores_N: Tensor, prompt_N: Tensor, ranks_N: Tensor) -> Tensor:
+    """Sum over prompts of the mean over the prompt's strict pairs of -log sigmoid(r_better - r_worse), in nats."""
+    beats_NN = strict_pairs(prompt_N, ranks_N)
+    pairs_N = beats_NN.sum(dim=1)
+    same_prompt_NN = prompt_N[:, None] == prompt_N[None, :]
+    pairs_of_prompt_N = (same_prompt_NN * pairs_N[None, :]).sum(dim=1)
+    weight_NN = beats_NN / pairs_of_prompt_N.clamp(min=1)[:, None]
+    gap_NN = scores_N[:, None] - scores_N[None, :]
+    return (F.softplus(-gap_NN) * weight_NN).sum()

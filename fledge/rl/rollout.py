@@ -1,0 +1,165 @@
+"""From prompts to episodes: sample, lay out, and ask every model what it thinks of exactly these tokens.
+
+Prompts stand left-padded before right-padded responses, so that all rows have one fixed shape and actions one fixed
+place. The ids are those the sampler drew, never decoded and encoded again. A response is cut first and judged after:
+the reward model, the log-probabilities and the action mask all see the same tokens.
+
+Source: Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022; Huang et al. 2024 (2403.17031) for the details.
+Suffixes: B episodes, T positions (prompt_length + response_length).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fledge.batches import RankingBatch
+from fledge.errors import DataError
+from fledge.layers.attention import SegmentContext
+from fledge.models.scalar import ScalarModel, ScoreRegion, read_scores
+from fledge.objectives.clipped_policy import ActionSpace, PolicyRegion, action_logprobs
+from fledge.objectives.clipped_value import action_values
+from fledge.objectives.next_token import Trunk
+from fledge.objectives.ranking import last_scores
+from fledge.rl.reward import last_action
+from fledge.types import Completion, Metrics
+
+
+@dataclass(frozen=True)
+class EpisodeShape:
+    """Fixed lengths of both halves of an episode, and the ids that mean padding and the end of an answer."""
+
+    prompt_length: int
+    response_length: int
+    pad_id: int
+    stop_ids: frozenset[int]
+
+    def __post_init__(self) -> None:
+        if self.prompt_length < 1 or self.response_length < 1:
+            raise ValueError(f"prompt_length and response_length must be positive, got {self}")
+        if not self.stop_ids or self.pad_id in self.stop_ids:
+            # A padding token that is also an end token would make every padded answer look finished.
+            raise ValueError(
+                f"stop ids {sorted(self.stop_ids)} must not be empty nor contain the pad id {self.pad_id}"
+            )
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Sampled tokens in place, as in `batches.Rollout`; `ended_B`: the RESPONSE ends with a stop token."""
+
+    tokens_BT: Tensor  # int64
+    segments_BT: Tensor  # int32
+    action_mask_BT: Tensor  # float32
+    sampler_logprobs_BT: Tensor  # float32
+    ended_B: Tensor  # bool
+
+    def to(self, device: torch.device) -> Episodes:
+        return Episodes(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def chunks(self, size: int) -> Iterator[Episodes]:
+        """The same episodes, `size` at a time."""
+        pieces = (tensor.split(size) for tensor in vars(self).values())
+        return (Episodes(*tensors) for tensors in zip(*pieces, strict=True))
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Completion], shape: EpisodeShape
+) -> Episodes:
+    """One row an episode. `DataError` for a prompt longer than the shape allows, or an answer without tokens."""
+    num_rows, num_positions = len(prompts), shape.prompt_length + shape.response_length
+    tokens_BT = torch.full((num_rows, num_positions), shape.pad_id, dtype=torch.int64)
+    segments_BT = torch.zeros((num_rows, num_positions), dtype=torch.int32)
+    sampler_logprobs_BT = torch.zeros((num_rows, num_positions))
+    action_mask_BT = torch.zeros((num_rows, num_positions))
+    ended_B = torch.zeros(num_rows, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = truncate(completion.ids, shape)
+        if not 0 < len(prompt) <= shape.prompt_length or not ids:
+            raise DataError(
+                f"episode {row} has a prompt of {len(prompt)} and an answer of {len(ids)} tokens; "
+                f"expected prompts of 1 to {shape.prompt_length} tokens and answers that are not empty"
+            )
+        start, end = shape.prompt_length, shape.prompt_length + len(ids)
+        tokens_BT[row, start - len(prompt) : end] = torch.tensor([*prompt, *ids])
+        segments_BT[row, start - len(prompt) : end] = 1
+        action_mask_BT[row, start:end] = 1.0
+        sampler_logprobs_BT[row, start:end] = torch.tensor(completion.logprobs[: len(ids)])
+        ended_B[row] = ids[-1] in shape.stop_ids
+    return Episodes(tokens_BT, segments_BT, action_mask_BT, sampler_logprobs_BT, ended_B)
+
+
+def truncate(ids: Sequence[int], shape: EpisodeShape) -> tuple[int, ...]:
+    """The answer up to its first stop token, that included, and no longer than the shape allows."""
+    for place, token in enumerate(ids[: shape.response_length]):
+        if token in shape.stop_ids:
+            return tuple(ids[: place + 1])
+    return tuple(ids[: shape.response_length])
+
+
+Scorer = Callable[[Episodes], Tensor]  # episodes -> raw scores (B,), float32
+
+
+@dataclass(frozen=True)
+class RewardModelScorer:
+    """A `Scorer`: what `model` says at each episode's last token, `rows` episodes at a time."""
+
+    model: ScalarModel
+    rows: int = 64
+    region: ScoreRegion = read_scores
+
+    @torch.no_grad()
+    def __call__(self, episodes: Episodes) -> Tensor:
+        scores = []
+        for chunk in episodes.chunks(self.rows):
+            ends_B = last_action(chunk.action_mask_BT)
+            one_each_B = torch.zeros_like(ends_B)
+            batch = RankingBatch(chunk.tokens_BT, chunk.segments_BT, ends_B, one_each_B, one_each_B, 1)
+            scores.append(last_scores(self.model, batch, self.region))
+        return torch.cat(scores)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The costly parts of a forward pass; a caller may replace them by compiled ones."""
+
+    policy: PolicyRegion = action_logprobs
+    scores: ScoreRegion = read_scores
+
+
+@torch.no_grad()
+def policy_logprobs(
+    model: Trunk, episodes: Episodes, space: ActionSpace, *, rows: int, region: PolicyRegion = action_logprobs
+) -> Tensor:
+    """The TRAINER's log-probability of every action, (B, T), 0 elsewhere; `rows` episodes at a time."""
+    logprobs = []
+    for chunk in episodes.chunks(rows):
+        x = model.embed(chunk.tokens_BT, SegmentContext(chunk.segments_BT))
+        logprobs_BT, _ = region(model, x, chunk.tokens_BT, chunk.segments_BT, space)
+        logprobs.append(torch.where(chunk.action_mask_BT > 0, logprobs_BT, 0.0))
+    return torch.cat(logprobs)
+
+
+@torch.no_grad()
+def state_values(
+    model: ScalarModel, episodes: Episodes, *, rows: int, region: ScoreRegion = read_scores
+) -> Tensor:
+    """The value of the state before every action, (B, T), 0 elsewhere."""
+    values = [
+        action_values(model, chunk.tokens_BT, chunk.segments_BT, region) * chunk.action_mask_BT
+        for chunk in episodes.chunks(rows)
+    ]
+    return torch.cat(values)
+
+
+def sampler_gap(episodes: Episodes, trainer_logprobs_BT: Tensor) -> Metrics:
+    """How far sampler and trainer disagree about the same tokens: mean |difference of probability|, and the largest.
+
+    Below 0.005 is healthy, above 0.01 an alarm: then temperature, banned ids, positions or precision differ.
+    """
+    gap_BT = (trainer_logprobs_BT.exp() - episodes.sampler_logprobs_BT.exp()).abs() * episodes.action_mask_BT
+    mean = float(gap_BT.sum() / episodes.action_mask_BT.sum())
+    return {"sampler_gap": mean, "sampler_gap_max": float(gap_BT.max())}
