@@ -120,7 +120,7 @@ class Block(nn.Module):
         return x_BTD + mlp_BTD
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Matrices uniform with variance 1/fan_in; those that write to the stream 0, so that a block starts as nothing."""
+        """Matrices uniform with variance 1/fan_in; those that write to the stream 0: a block starts as nothing."""
         for matrix in (self.attention.query, self.attention.key, self.attention.value, self.up):
             bound = (3 / matrix.in_features) ** 0.5
             nn.init.uniform_(matrix.weight, -bound, bound, generator=generator)
