@@ -10,11 +10,14 @@ K head width.
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fledge.errors import UserError
 
 
 class Context(Protocol):
@@ -45,12 +48,50 @@ class Context(Protocol):
         """The token `steps` positions before each one in the same document, `fill` where there is none."""
 
 
+@runtime_checkable
+class Droppable(Protocol):
+    """A context for training, which can drop attention weights."""
+
+    def dropping(self, probability: float) -> Context:
+        """This context with every attention weight dropped with `probability`, the rest scaled up to make up for it."""
+
+
+def drop_attention(context: Context, probability: float) -> Context:
+    """`context` with dropout on its attention weights (Srivastava et al. 2014); itself if `probability` is 0.
+
+    A cache cannot drop: meeting one here means that a model decodes while it is in training mode.
+    """
+    if probability == 0:
+        return context
+    assert isinstance(context, Droppable), f"{type(context).__name__} cannot drop attention weights: call model.eval()"
+    return context.dropping(probability)
+
+
+def require_fit(context: Context, max_positions: int | None) -> None:
+    """`UserError` naming both lengths if a document of the batch is longer than `max_positions`."""
+    num_positions = context.positions_BT.shape[1]
+    if max_positions is None or num_positions <= max_positions:
+        return  # the usual case costs no look at the tensor
+    longest = int(context.positions_BT.max()) + 1
+    if longest > max_positions:
+        raise UserError(
+            f"a sequence of {longest} tokens does not fit a model of {max_positions} positions; "
+            "shorten it, or use a model with more"
+        )
+
+
 class RowContext:
     """Rows that hold exactly one document each, from their first position to their last: plain causal training."""
 
     def __init__(self, tokens_BT: Tensor) -> None:
         num_positions = tokens_BT.shape[1]
         self.positions_BT = torch.arange(num_positions, device=tokens_BT.device).expand_as(tokens_BT)
+        self._dropout = 0.0
+
+    def dropping(self, probability: float) -> Self:
+        dropped = copy.copy(self)
+        dropped._dropout = probability
+        return dropped
 
     def attend(
         self,
@@ -64,11 +105,12 @@ class RowContext:
         scale: float | None = None,
     ) -> Tensor:
         if window is None and bias is None:
-            return _attend(q_BTHK, k_BTGK, v_BTGK, None, scale)
+            return _attend(q_BTHK, k_BTGK, v_BTGK, None, scale, self._dropout)
         num_positions = q_BTHK.shape[1]
         index_T = torch.arange(num_positions, device=q_BTHK.device)
         allowed_TS = _causal(index_T, index_T, window)
-        return _attend(q_BTHK, k_BTGK, v_BTGK, _scores_mask(allowed_TS[None, None], bias, q_BTHK.dtype), scale)
+        mask = _scores_mask(allowed_TS[None, None], bias, q_BTHK.dtype)
+        return _attend(q_BTHK, k_BTGK, v_BTGK, mask, scale, self._dropout)
 
     def earlier(self, tokens_BT: Tensor, steps: int, fill: int) -> Tensor:
         return F.pad(tokens_BT, (steps, 0), value=fill)[:, : tokens_BT.shape[1]]
@@ -92,6 +134,12 @@ class SegmentContext:
         self._index_T = index_T
         self._same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
         self._allowed_B1TS = (self._same_BTS & _causal(index_T, index_T, None))[:, None]
+        self._dropout = 0.0
+
+    def dropping(self, probability: float) -> Self:
+        dropped = copy.copy(self)
+        dropped._dropout = probability
+        return dropped
 
     def attend(
         self,
@@ -107,7 +155,8 @@ class SegmentContext:
         allowed_B1TS = self._allowed_B1TS
         if window is not None:
             allowed_B1TS = (self._same_BTS & _causal(self._index_T, self._index_T, window))[:, None]
-        return _attend(q_BTHK, k_BTGK, v_BTGK, _scores_mask(allowed_B1TS, bias, q_BTHK.dtype), scale)
+        mask = _scores_mask(allowed_B1TS, bias, q_BTHK.dtype)
+        return _attend(q_BTHK, k_BTGK, v_BTGK, mask, scale, self._dropout)
 
     def earlier(self, tokens_BT: Tensor, steps: int, fill: int) -> Tensor:
         shifted_BT = F.pad(tokens_BT, (steps, 0), value=fill)[:, : tokens_BT.shape[1]]
@@ -128,12 +177,15 @@ def _scores_mask(allowed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Te
     return bias.to(dtype).masked_fill(~allowed, float("-inf"))
 
 
-def _attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def _attend(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None, scale: float | None, dropout: float
+) -> Tensor:
     y_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGK.transpose(1, 2),
         attn_mask=mask,
+        dropout_p=dropout,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
