@@ -124,11 +124,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            try:
-                line = json.loads(raw)
-            except ValueError as error:
-                if not raw.endswith(b"\n"):
-                    return
-                raise RunError(f"{path} line {number} is not JSON ({error}); delete that line") from error
+            line = _line(raw, f"{path} line {number}")
             if isinstance(line, dict):
                 yield line
+
+
+def _line(raw: bytes, place: str) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        if not raw.endswith(b"\n"):
+            return None
+        raise RunError(f"{place} is not JSON ({error}); delete that line") from error

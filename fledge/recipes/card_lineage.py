@@ -1,0 +1,199 @@
+"""The lineage graph of a run: which artifact was made from which, by hash, and its drawing.
+
+Nodes are read from disk, not from the plan: the corpus, the tokenizer, every checkpoint (a folder with `run.json`)
+and the evaluation. An edge is verified when the hash that the child names is the hash that the parent has now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fledge.config import config_hash
+from fledge.formats.checkpoint import read_info
+from fledge.recipes import card_format as say
+from fledge.recipes.card_stages import STAGES, kind_of
+from fledge.recipes.charts import number, text
+from fledge.recipes.runs import Manifest, read_manifest
+
+_COLUMN, _NODE_WIDTH, _NODE_HEIGHT, _ROW = 126.0, 104.0, 54.0, 78.0
+
+
+@dataclass(frozen=True)
+class LineageParent:
+    """`role` is what the parent was to the child; `node` is None if no artifact of this run has `sha256`."""
+
+    role: str
+    sha256: str
+    node: str | None
+
+
+@dataclass(frozen=True)
+class LineageNode:
+    """`id` is the path of the artifact inside the run folder; `sha256` is of its weights, its file, or its files."""
+
+    id: str
+    title: str
+    stage: str
+    kind: str
+    sha256: str
+    parents: tuple[LineageParent, ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An artifact before its parents are looked up: `wants` maps a role to the hash it names."""
+
+    node: LineageNode
+    wants: Mapping[str, str]
+
+
+def read_lineage(run: Path) -> tuple[LineageNode, ...]:
+    """The artifacts of the finished stages of `run`, parents before children where the ring's order says so."""
+    manifests = {path.name: manifest for path in _stage_folders(run) if (manifest := read_manifest(path))}
+    found: list[_Found] = []
+    for stage in sorted(manifests, key=_order):
+        checkpoints = _checkpoints(run, stage)
+        found += checkpoints or [_plain(stage, manifests[stage])]
+    holders = {item.node.sha256: item.node.id for item in found}
+    holders |= {config_hash(m.outputs): _representative(found, stage) for stage, m in manifests.items()}
+    return tuple(_resolved(item, holders) for item in found)
+
+
+def lineage_svg(nodes: Sequence[LineageNode]) -> str:
+    """The graph from left to right. An edge from the corpus or the tokenizer is left out where a longer path says the
+    same; dashed edges could not be verified."""
+    if not nodes:
+        return ""
+    depth = _depths(nodes)
+    columns: dict[int, list[LineageNode]] = {}
+    for node in nodes:
+        columns.setdefault(depth[node.id], []).append(node)
+    rows = max(len(column) for column in columns.values())
+    width = _COLUMN * (max(columns) + 1) - (_COLUMN - _NODE_WIDTH) + 8
+    height = _ROW * rows + 34
+    places: dict[str, tuple[float, float]] = {}
+    for column, members in columns.items():
+        for row, node in enumerate(members):
+            y = height / 2 + (row - (len(members) - 1) / 2) * _ROW
+            places[node.id] = (4 + column * _COLUMN, y)
+    body = [_edge(node, parent, places) for node in nodes for parent in _drawn(node, depth)]
+    body += [_box(node, places[node.id]) for node in nodes]
+    told = "; ".join(f"{n.title} {n.sha256[:12]}" for n in nodes)
+    return (
+        f'<svg class="lineage" viewBox="0 0 {number(width)} {number(height)}" width="{number(width)}" '
+        f'height="{number(height)}" role="img" aria-label="{text(f"Lineage: {told}")}">{"".join(body)}</svg>'
+    )
+
+
+def _stage_folders(run: Path) -> list[Path]:
+    return sorted(path.parent for path in run.glob("*/manifest.json"))
+
+
+def _order(stage: str) -> int:
+    names = [kind.name for kind in STAGES]
+    return names.index(stage) if stage in names else len(names)
+
+
+def _checkpoints(run: Path, stage: str) -> list[_Found]:
+    """Every checkpoint below a stage's folder, `model` first; training states are no checkpoints."""
+    folders = sorted(
+        (path.parent for path in (run / stage).glob("**/run.json")), key=lambda p: (p.name != "model", p)
+    )
+    found = []
+    for folder in folders:
+        info, files = read_info(folder)
+        name = kind_of(stage).title if folder.name == "model" else f"{kind_of(stage).title} {folder.name}"
+        node_id = str(folder.relative_to(run))
+        node = LineageNode(node_id, name, stage, "weights", files["model.safetensors"], ())
+        found.append(_Found(node, {"tokenizer": info.tokenizer_hash, **info.parents}))
+    return found
+
+
+def _plain(stage: str, manifest: Manifest) -> _Found:
+    """A stage without weights: the tokenizer by its file, others by the hash over all their files."""
+    file_hash = manifest.outputs.get("tokenizer.json")
+    kind, sha256 = ("file", file_hash) if file_hash else ("files", config_hash(manifest.outputs))
+    return _Found(LineageNode(stage, kind_of(stage).title, stage, kind, sha256, ()), manifest.inputs)
+
+
+def _representative(found: Sequence[_Found], stage: str) -> str:
+    return next(item.node.id for item in found if item.node.stage == stage)
+
+
+def _resolved(item: _Found, holders: Mapping[str, str]) -> LineageNode:
+    parents = tuple(
+        LineageParent(role, sha256, holders.get(sha256))
+        for role, sha256 in item.wants.items()
+        if holders.get(sha256) != item.node.id
+    )
+    node = item.node
+    return LineageNode(node.id, node.title, node.stage, node.kind, node.sha256, parents)
+
+
+def _depths(nodes: Sequence[LineageNode]) -> dict[str, int]:
+    """The longest path to each node. A circle cannot be: a hash would have to contain itself."""
+    by_id = {node.id: node for node in nodes}
+    known: dict[str, int] = {}
+
+    def depth(node: LineageNode) -> int:
+        if node.id not in known:
+            above = [by_id[parent.node] for parent in node.parents if parent.node in by_id]
+            known[node.id] = 1 + max((depth(parent) for parent in above), default=-1)
+        return known[node.id]
+
+    for node in nodes:
+        depth(node)
+    return known
+
+
+def _drawn(node: LineageNode, depth: Mapping[str, int]) -> list[LineageParent]:
+    """The parents worth an edge: one for each parent node, and no shortcut from corpus or tokenizer."""
+    kept: dict[str, LineageParent] = {}
+    for parent in node.parents:
+        if parent.node is None:
+            continue
+        is_shortcut = depth[node.id] - depth[parent.node] > 1
+        if not (is_shortcut and parent.node in ("corpus", "tokenizer")):
+            earlier = kept.get(parent.node)
+            role = f"{earlier.role}, {parent.role}" if earlier else parent.role
+            kept[parent.node] = LineageParent(role, parent.sha256, parent.node)
+    return list(kept.values())
+
+
+def _edge(node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[float, float]]) -> str:
+    assert parent.node is not None
+    start_x, start_y = places[parent.node]
+    end_x, end_y = places[node.id]
+    start_x += _NODE_WIDTH
+    bend = max(14.0, (end_x - start_x) / 2)
+    path = (
+        f"M{number(start_x)} {number(start_y)}C{number(start_x + bend)} {number(start_y)} "
+        f"{number(end_x - bend)} {number(end_y)} {number(end_x - 1)} {number(end_y)}"
+    )
+    title = f"{parent.role}: {parent.sha256}"
+    return f'<path class="edge" d="{path}"><title>{text(title)}</title></path>'
+
+
+def _box(node: LineageNode, place: tuple[float, float]) -> str:
+    x, top = place[0], place[1] - _NODE_HEIGHT / 2
+    colour = stage_colour(node.stage)
+    return (
+        f"<g><title>{text(f'{node.title}: {node.sha256}')}</title>"
+        f'<rect class="node" x="{number(x)}" y="{number(top)}" width="{_NODE_WIDTH}" height="{_NODE_HEIGHT}" rx="6"/>'
+        f'<rect style="fill:var({colour})" x="{number(x)}" y="{number(top + 8)}" width="4" '
+        f'height="{number(_NODE_HEIGHT - 16)}" rx="2"/>'
+        f'<text class="t-strong" x="{number(x + 12)}" y="{number(top + 23)}">{text(say.shorten(node.title, 7.6))}</text>'
+        f'<text class="t-mono" x="{number(x + 12)}" y="{number(top + 41)}">{text(node.sha256[:10])}</text></g>'
+    )
+
+
+def stage_colour(stage: str) -> str:
+    """The CSS variable of a stage's colour; a stage outside the ring has the quiet ink."""
+    places = [kind for kind in STAGES if kind.part_of is None]
+    kind = kind_of(stage)
+    for index, place in enumerate(places):
+        if place.name in (kind.name, kind.part_of):
+            return f"--c{index}"
+    return "--quiet"

@@ -1,0 +1,127 @@
+"""The stages of the ring as the run card knows them: title, one sentence, and which metrics share a chart.
+
+A table of words, nothing else. A stage that is not in it (a later invention) still gets its section on the card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fledge.recipes.card_curves import Chart
+
+LOSS = Chart(
+    "Loss",
+    "nats a token",
+    {
+        "loss": "training",
+        "loss_nats": "training",
+        "next_token": "training",
+        "validation_loss": "validation",
+        "validation_loss_nats": "validation",
+    },
+    zoom=True,
+)
+BITS = Chart(
+    "Bits per byte",
+    "bits per byte",
+    {
+        "bits_per_byte": "training",
+        "validation_bits_per_byte": "validation",
+        "bits_per_byte_prose": "prose",
+        "bits_per_byte_code": "code",
+    },
+    zoom=True,
+)
+ACCURACY = Chart(
+    "Next token guessed right", "share", {"accuracy": "training", "validation_accuracy": "validation"}
+)
+UPKEEP = (
+    Chart("Gradient norm", "norm before clipping", {"grad_norm": "gradient norm"}, zoom=True),
+    Chart("Learning rate", "factor of its peak", {"lr": "learning rate", "lr_factor": "learning rate"}),
+    Chart("Speed", "tokens a second", {"tokens_per_second": "tokens a second"}),
+)
+LANGUAGE = (LOSS, BITS, ACCURACY, *UPKEEP)
+RANKING = (
+    Chart(
+        "Ranking loss",
+        "nats a pair",
+        {
+            "loss": "training",
+            "ranking": "training",
+            "ranking_loss": "training",
+            "validation_loss": "validation",
+        },
+    ),
+    Chart("Pairs ranked right", "share", {"accuracy": "training", "validation_accuracy": "validation"}),
+    Chart("Margin between the pair", "reward", {"margin": "margin"}),
+    *UPKEEP,
+)
+POLICY = (
+    Chart(
+        "Reward", "reward-model score", {"score": "score", "score_mean": "score", "reward": "score minus KL"}
+    ),
+    Chart(
+        "Gold judge, never trained against", "gold score", {"gold_score": "gold score", "gold": "gold score"}
+    ),
+    Chart("KL to the SFT model", "nats an answer", {"kl": "KL", "kl_target": "target"}),
+    Chart("Strength of the KL penalty", "β", {"kl_coefficient": "β", "beta": "β"}),
+    Chart("Entropy", "nats a token", {"entropy": "entropy"}),
+    Chart("Length of an answer", "tokens", {"response_length": "length", "length": "length"}),
+    Chart("Answers that end", "share", {"end_rate": "end rate", "eos_rate": "end rate", "ended": "end rate"}),
+    Chart(
+        "Policy and value loss",
+        "loss",
+        {"policy_loss": "policy", "policy": "policy", "value_loss": "value", "value_error": "value error"},
+    ),
+    Chart("Value explained", "explained variance", {"explained_variance": "explained variance"}),
+    Chart("Ratios clipped", "share", {"clip_fraction": "policy", "value_clip_fraction": "value"}),
+    *UPKEEP,
+)
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """`name` is the stage's folder; `part_of` names the stage whose place in the ring it shares."""
+
+    name: str
+    title: str
+    blurb: str
+    charts: tuple[Chart, ...] = ()
+    part_of: str | None = None
+
+
+STAGES = (
+    StageKind("corpus", "Corpus", "Raw text is gathered, filtered and split by the hash of each document."),
+    StageKind(
+        "tokenizer",
+        "Tokenizer",
+        "A vocabulary is learned from the corpus, code and the user's text included.",
+    ),
+    StageKind("pretrain", "Pretraining", "The model learns to predict the next token of prose.", LANGUAGE),
+    StageKind(
+        "code", "Code", "Pretraining goes on with more code, some of it with the middle to fill in.", LANGUAGE
+    ),
+    StageKind(
+        "sft", "Supervised fine-tuning", "It learns to answer, from conversations between people.", LANGUAGE
+    ),
+    StageKind("reward", "Reward model", "A copy learns to rank answers as people would.", RANKING),
+    StageKind(
+        "gold",
+        "Gold judge",
+        "A second judge, other seed and other prompts, never trained against.",
+        RANKING,
+        "reward",
+    ),
+    StageKind(
+        "ppo", "PPO", "The model is rewarded for better answers and held near where it started.", POLICY
+    ),
+    StageKind(
+        "evaluation", "Evaluation", "What the whole ring brought, on text and prompts never trained on."
+    ),
+)
+
+
+def kind_of(name: str) -> StageKind:
+    """The row of that name; for a stage unknown to the ring, one made from its name."""
+    known = {kind.name: kind for kind in STAGES}
+    return known.get(name) or StageKind(name, name.replace("_", " ").capitalize(), "")
