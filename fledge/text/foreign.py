@@ -1,0 +1,133 @@
+"""Tokenizer files of other makers: what fledge needs of them, and how they get its special tokens.
+
+Layer 2, beneath text/tokenizer.py. Only byte-level files are read (GPT-2, Llama 3, Qwen, SmolLM and their like),
+because only they give back every text. Special tokens are adopted by name: since text never becomes one, a special
+token's name is a mere label, and renaming it in the file leaves every id, and so every weight, where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tokenizers as library
+from tokenizers import decoders, models, pre_tokenizers
+
+from fledge.errors import TokenizerError
+from fledge.text.subwords import NAMED_SPECIAL_TOKENS
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """The content of a tokenizer.json with at least its model and added tokens; `TokenizerError` if it is none."""
+    try:
+        layout = json.loads(data)
+        if isinstance(layout["model"], dict) and all(
+            {"id", "content", "special"} <= set(t) for t in layout["added_tokens"]
+        ):
+            return dict(layout)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise TokenizerError("not a tokenizer.json, or a damaged one; get or make the file again")
+
+
+def load_core(data: bytes) -> library.Tokenizer:
+    """The library's tokenizer of a tokenizer.json, without padding or truncation; `TokenizerError` if it reads none."""
+    try:
+        core = library.Tokenizer.from_str(data.decode())
+    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        raise TokenizerError(f"not a tokenizer.json that can be read ({error}); get or make the file again") from error
+    core.no_padding()
+    core.no_truncation()
+    return core
+
+
+def refuse_unless_byte_level(layout: Mapping[str, Any]) -> None:
+    """`TokenizerError` unless text is split into bytes without anything being added to it."""
+    parts = [part for key in ("pre_tokenizer", "normalizer") for part in _parts(layout.get(key))]
+    byte_level = [part for part in parts if part["type"] == "ByteLevel"]
+    if not byte_level:
+        kinds = ", ".join(str(part["type"]) for part in parts) or "nothing"
+        raise TokenizerError(f"does not work on bytes (it splits by {kinds}); only byte-level files are read")
+    if any(part.get("add_prefix_space") for part in byte_level):
+        raise TokenizerError(
+            "puts a space before every text, which then does not come back; set add_prefix_space to false"
+        )
+    if layout["model"].get("end_of_word_suffix"):
+        raise TokenizerError(
+            "marks the ends of words, so its tokens have no exact bytes; only byte-level files are read"
+        )
+
+
+def adopt(data: bytes, special_tokens: Mapping[str, str | None]) -> bytes:
+    """A tokenizer.json that is `data` with fledge's names for its special tokens.
+
+    `special_tokens` maps names of `NAMED_SPECIAL_TOKENS` to tokens of the file, or to None for a token to be added
+    after the file's vocabulary; a name that is not mentioned must be in the file already. Ids do not change. Raises
+    `TokenizerError` for a name that is not ours, a token that the file lacks, and a token that is to be two of ours.
+    """
+    layout = parse(data)
+    added = {token["content"]: token for token in layout["added_tokens"]}
+    _refuse_wrong_mapping(special_tokens, added)
+    for name, token in special_tokens.items():
+        if token is not None:
+            added[token].update(content=name, special=True, normalized=False)
+            _rename(layout, token, name)
+    core = load_core(json.dumps(layout).encode())
+    new = [name for name, token in special_tokens.items() if token is None]
+    core.add_special_tokens([library.AddedToken(name, special=True, normalized=False) for name in new])
+    return core.to_str(pretty=False).encode()
+
+
+def gpt2_layout(vocab: bytes, merges: bytes) -> bytes:
+    """GPT-2's published `encoder.json` and `vocab.bpe` (Radford et al. 2019) as one tokenizer.json."""
+    try:
+        ids: dict[str, int] = json.loads(vocab)
+        lines = merges.decode().splitlines()
+        pairs = [
+            (left, right)
+            for left, right in (line.split(" ") for line in lines if line and not line.startswith("#version"))
+        ]
+    except ValueError as error:
+        raise TokenizerError(f"not GPT-2's encoder.json and vocab.bpe ({error}); fetch them again") from error
+    core = library.Tokenizer(models.BPE(vocab=ids, merges=pairs))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([library.AddedToken("<|endoftext|>", special=True, normalized=False)])
+    return core.to_str(pretty=False).encode()
+
+
+def _parts(component: Any) -> Iterator[Mapping[str, Any]]:
+    """A component of the file, or what stands inside when it is a sequence."""
+    if isinstance(component, Mapping):
+        inner = component.get("pretokenizers") or component.get("normalizers")
+        if inner is None:
+            yield component
+        else:
+            for part in inner:
+                yield from _parts(part)
+
+
+def _refuse_wrong_mapping(special_tokens: Mapping[str, str | None], added: Mapping[str, Any]) -> None:
+    for name, token in special_tokens.items():
+        if name not in NAMED_SPECIAL_TOKENS:
+            raise TokenizerError(f"'{name}' is no special token of fledge; they are {', '.join(NAMED_SPECIAL_TOKENS)}")
+        if token is not None and token not in added:
+            raise TokenizerError(f"has no token '{token}' to serve as {name}; it has {', '.join(added) or 'none'}")
+        if token != name and name in added:
+            raise TokenizerError(f"has a {name} of its own already; leave {name} out of special_tokens")
+    twice = [token for token, count in Counter(filter(None, special_tokens.values())).items() if count > 1]
+    if twice:
+        names = [name for name, token in special_tokens.items() if token == twice[0]]
+        raise TokenizerError(f"'{twice[0]}' cannot be {' and '.join(names)} at once; give None for one, to add a token")
+
+
+def _rename(layout: dict[str, Any], token: str, name: str) -> None:
+    """Give a token another name wherever the file's model holds it. Post-processors go: fledge never calls them."""
+    vocab = layout["model"]["vocab"]
+    if isinstance(vocab, dict) and token in vocab:
+        vocab[name] = vocab.pop(token)
+    elif isinstance(vocab, list):
+        layout["model"]["vocab"] = [[name, score] if piece == token else [piece, score] for piece, score in vocab]
+    layout["post_processor"] = None

@@ -1,0 +1,208 @@
+"""Text <-> ids. `Tokenizer` wraps the `tokenizers` library; `StreamDecoder` turns ids into text as they come.
+
+Layer 2. Three promises on top of the library's: text never becomes a special token, whatever it says; every token
+has exact bytes, so that decoding gives back every Unicode text; and a tokenizer is known by the hash of its file.
+Vocabularies are learned in text/subwords.py; files of other makers are adopted in text/foreign.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tokenizers as library
+
+from fledge.errors import TokenizerError
+from fledge.files import write_file
+from fledge.text.foreign import adopt, load_core, parse, refuse_unless_byte_level
+from fledge.text.subwords import (
+    NAMED_SPECIAL_TOKENS,
+    SPECIAL_TOKENS,
+    TokenizerConfig,
+    byte_alphabet,
+    refuse_half_characters,
+    train_subwords,
+)
+
+__all__ = [
+    "NAMED_SPECIAL_TOKENS",
+    "SPECIAL_TOKENS",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerConfig",
+    "train_tokenizer",
+]
+
+CHARS_PER_CALL = 1_000_000  # the library holds about a hundred bytes a token while it works
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Learn a tokenizer from texts. The same texts in the same order give the same file, byte for byte.
+
+    Raises `TokenizerError` if there is no text or a text holds a lone surrogate.
+    """
+    return Tokenizer(train_subwords(texts, config))
+
+
+class Tokenizer:
+    """A vocabulary with fledge's special tokens. Built from the bytes of a tokenizer.json, which `save` writes back.
+
+    `vocab_size` counts every id, `hash` is the sha256 of the file. Raises `TokenizerError` if the file is damaged,
+    does not work on bytes, lacks one of `NAMED_SPECIAL_TOKENS`, or gives two of them one id.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        layout = parse(data)
+        refuse_unless_byte_level(layout)
+        self._data = data
+        self._core = load_core(data)
+        self._core.encode_special_tokens = True  # names of special tokens in a text are ordinary text
+        self._special_ids = {token["content"]: token["id"] for token in layout["added_tokens"] if token["special"]}
+        _refuse_missing(self._special_ids)
+        self._bytes = _token_bytes(self._core, layout)
+        self._never = frozenset(self._special_ids.values())
+        self.vocab_size = len(self._bytes)
+        self.hash = hashlib.sha256(data).hexdigest()
+        self.pad_id = self.special_id("<|pad|>")
+        self.end_of_text_id = self.special_id("<|endoftext|>")
+
+    @classmethod
+    def load(cls, path: Path | str, *, special_tokens: Mapping[str, str | None] | None = None) -> Tokenizer:
+        """Read a tokenizer.json. For a file of another maker `special_tokens` says which of its tokens are ours.
+
+        It maps names of `NAMED_SPECIAL_TOKENS` to the file's own, or to None where a token is to be added after the
+        file's vocabulary (`foreign.adopt`). Raises `TokenizerError`, naming the file.
+        """
+        try:
+            data = Path(path).read_bytes()
+            return cls(data if special_tokens is None else adopt(data, special_tokens))
+        except OSError as error:
+            raise TokenizerError(
+                f"{path}: cannot be read ({error.strerror}); give the path of a tokenizer.json"
+            ) from error
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+
+    def save(self, path: Path | str) -> None:
+        """Write the tokenizer.json, whole or not at all."""
+        write_file(Path(path), lambda temporary: temporary.write_bytes(self._data))
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token by its name; `TokenizerError` if there is none of that name."""
+        if name not in self._special_ids:
+            raise TokenizerError(f"no special token '{name}'; known are {', '.join(self._special_ids)}")
+        return int(self._special_ids[name])
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """All ids that text never becomes and `decode` drops."""
+        return self._never
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, never a special one. `TokenizerError` if it holds a lone surrogate."""
+        refuse_half_characters(text)
+        ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+        return ids if self._never.isdisjoint(ids) else self._encode_cut(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores; the results stand in the order of the texts."""
+        encoded: list[list[int]] = []
+        for some in _portions(texts):
+            for text in some:
+                refuse_half_characters(text)
+            encoded += [e.ids for e in self._core.encode_batch_fast(some, add_special_tokens=False)]
+        return [
+            ids if self._never.isdisjoint(ids) else self._encode_cut(text)
+            for ids, text in zip(encoded, texts, strict=True)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens dropped; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes a token stands for, none for a special one. `TokenizerError` if there is no such id."""
+        if not 0 <= token_id < self.vocab_size:
+            raise TokenizerError(f"no token has the id {token_id}; ids go from 0 to {self.vocab_size - 1}")
+        return self._bytes[token_id]
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """One readable string a token, for showing: special tokens by name, half characters as \\xNN."""
+        names = {token_id: name for name, token_id in self._special_ids.items()}
+        return [names.get(i) or self.token_bytes(i).decode(errors="backslashreplace") for i in ids]
+
+    def _encode_cut(self, text: str) -> list[int]:
+        """Encode a text that names a special token where the vocabulary itself would spell that token (some
+        foreign files): every such name is cut after its first character and the parts are encoded apart."""
+        names = re.compile("|".join(re.escape(name) for name in self._special_ids if name))
+        cuts = [0, *(match.start() + 1 for match in names.finditer(text)), len(text)]
+        parts = [text[start:end] for start, end in pairwise(cuts)]
+        ids: list[int] = [i for part in parts for i in self._core.encode(part, add_special_tokens=False).ids]
+        if not self._never.isdisjoint(ids):
+            raise TokenizerError("this tokenizer spells ordinary text with a special token; it cannot be used safely")
+        return ids
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, holding back what may be half a character.
+
+    What `push` and the final `flush` return, joined, is what `Tokenizer.decode` makes of the same ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, perhaps none."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if the ids ended within a character, else nothing. Then it starts anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _refuse_missing(special_ids: Mapping[str, int]) -> None:
+    missing = [name for name in NAMED_SPECIAL_TOKENS if name not in special_ids]
+    if missing:
+        raise TokenizerError(
+            f"lacks the special tokens {', '.join(missing)}; with special_tokens={{name: token}} say which of the "
+            f"file's ({', '.join(special_ids) or 'none'}) they are, or None for one to be added"
+        )
+    if special_ids["<|pad|>"] == special_ids["<|endoftext|>"]:
+        raise TokenizerError("padding and end of text are one token; padding needs an id of its own")
+
+
+def _token_bytes(core: library.Tokenizer, layout: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """The bytes of every id. Ids that a foreign file leaves unused have none."""
+    byte_of = {char: byte for byte, char in byte_alphabet().items()}
+    added = {token["id"]: b"" if token["special"] else token["content"].encode() for token in layout["added_tokens"]}
+    prefix = layout["model"].get("continuing_subword_prefix") or ""
+    vocab = {token_id: token for token, token_id in core.get_vocab(with_added_tokens=False).items()}
+    table = []
+    for token_id in range(max((*added, *vocab)) + 1):
+        token = vocab.get(token_id, "").removeprefix(prefix)
+        try:
+            table.append(added[token_id] if token_id in added else bytes(byte_of[char] for char in token))
+        except KeyError as error:
+            raise TokenizerError(
+                f"token {token_id} ({token!r}) is not spelled in bytes; only byte-level files are read"
+            ) from error
+    return tuple(table)
+
+
+def _portions(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in order, in stretches of about `CHARS_PER_CALL` characters."""
+    start, size = 0, 0
+    for end, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= CHARS_PER_CALL or end == len(texts):
+            yield texts[start:end]
+            start, size = end, 0
