@@ -91,7 +91,8 @@ def generate(
     """
     _check(model, prompts, params, pad_id)
     random_BN = uniforms(len(prompts), params, generator).to(_device(model))
-    return _collect(len(prompts), _decode(model, prompts, params, stop_ids, pad_id, random_BN), decode)
+    with _running(model):
+        return _collect(len(prompts), _decode(model, prompts, params, stop_ids, pad_id, random_BN), decode)
 
 
 def generate_uncached(
@@ -107,18 +108,9 @@ def generate_uncached(
     """The oracle: as `generate`, but every prompt alone and the whole model over the whole text for every token."""
     _check(model, prompts, params, pad_id)
     random_BN = uniforms(len(prompts), params, generator).to(_device(model))
-    draws: list[_Draw] = []
-    for row, prompt in enumerate(prompts):
-        tokens_1T = torch.tensor([list(prompt)], device=_device(model))
-        for step in range(params.max_tokens):
-            with _running(model):
-                logprobs_1V = model.next_logprobs(tokens_1T)[:, -1]
-                token_1, logprob_1 = sample(logprobs_1V, params, random_BN[row : row + 1, step], [pad_id])
-            draws.extend(_draws([row], token_1, logprob_1, step, params, stop_ids))
-            if draws[-1].finish_reason is not None:
-                break
-            tokens_1T = torch.cat((tokens_1T, token_1[:, None]), dim=1)
-    return _collect(len(prompts), draws, decode)
+    draws = _decode_uncached(model, prompts, params, stop_ids, pad_id, random_BN)
+    with _running(model):
+        return _collect(len(prompts), draws, decode)
 
 
 def stream(
@@ -139,7 +131,16 @@ def stream(
     _check(model, [prompt], params, pad_id)
     random_BN = uniforms(1, params, generator).to(_device(model))
     draws = _decode(model, [prompt], params, stop_ids, pad_id, random_BN)
-    return (_event(draw, decoder) for draw in draws)
+    return _events(model, draws, decoder)
+
+
+def _events(model: CausalModel, draws: Iterator[_Draw], decoder: Decoder) -> Iterator[TokenEvent]:
+    while True:
+        with _running(model):  # left between tokens, so the caller finds the model as it was
+            draw = next(draws, None)
+        if draw is None:
+            return
+        yield _event(draw, decoder)
 
 
 def _event(draw: _Draw, decoder: Decoder) -> TokenEvent:
@@ -157,7 +158,10 @@ def _decode(
     pad_id: int,
     random_BN: Tensor,
 ) -> Iterator[_Draw]:
-    """The cached loop: every step feeds the last token of each row that still goes on, and draws its next."""
+    """The cached loop: every step feeds the last token of each row that still goes on, and draws its next.
+
+    To be run within `_running`.
+    """
     if not prompts:
         return
     device = random_BN.device
@@ -169,22 +173,42 @@ def _decode(
     )
     rows = list(range(len(prompts)))  # rows[b]: which prompt stands in row b of the batch
     for step in range(params.max_tokens):
-        with _running(model):
-            context.feed(tokens_BT)
-            x_BTD = model.hidden(model.embed(tokens_BT, context), context)
-            logits_BV = model.unembed(x_BTD[:, -1:])[:, 0]
-            tokens_B, logprobs_B = sample(logits_BV, params, random_BN[:, step], [pad_id])
-            draws = list(_draws(rows, tokens_B, logprobs_B, step, params, stop_ids))
-            going = [place for place, draw in enumerate(draws) if draw.finish_reason is None]
-            if 0 < len(going) < len(rows):
-                order = _close_ranks(going)
-                context.keep(order)
-                rows = [rows[place] for place in order]
-                tokens_B, random_BN = tokens_B[order], random_BN[order]
-            tokens_BT = tokens_B[:, None]
+        context.feed(tokens_BT)
+        x_BTD = model.hidden(model.embed(tokens_BT, context), context)
+        logits_BV = model.unembed(x_BTD[:, -1:])[:, 0]
+        tokens_B, logprobs_B = sample(logits_BV, params, random_BN[:, step], [pad_id])
+        draws = list(_draws(rows, tokens_B, logprobs_B, step, params, stop_ids))
         yield from draws
+        going = [place for place, draw in enumerate(draws) if draw.finish_reason is None]
         if not going:
             return
+        if len(going) < len(rows):
+            order = _close_ranks(going)
+            context.keep(order)
+            rows = [rows[place] for place in order]
+            tokens_B, random_BN = tokens_B[order], random_BN[order]
+        tokens_BT = tokens_B[:, None]
+
+
+def _decode_uncached(
+    model: CausalModel,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    stop_ids: Collection[int],
+    pad_id: int,
+    random_BN: Tensor,
+) -> Iterator[_Draw]:
+    """What `_decode` must amount to. To be run within `_running`."""
+    for row, prompt in enumerate(prompts):
+        tokens_1T = torch.tensor([list(prompt)], device=random_BN.device)
+        for step in range(params.max_tokens):
+            logprobs_1V = model.next_logprobs(tokens_1T)[:, -1]
+            token_1, logprob_1 = sample(logprobs_1V, params, random_BN[row : row + 1, step], [pad_id])
+            [draw] = _draws([row], token_1, logprob_1, step, params, stop_ids)
+            yield draw
+            if draw.finish_reason is not None:
+                break
+            tokens_1T = torch.cat((tokens_1T, token_1[:, None]), dim=1)
 
 
 def _close_ranks(going: Sequence[int]) -> list[int]:
@@ -234,7 +258,7 @@ def _running(model: CausalModel) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         for module in training:

@@ -32,8 +32,10 @@ def uniforms(num_rows: int, params: SamplingParams, generator: torch.Generator |
     shape = (num_rows, params.max_tokens)
     if generator is not None:
         return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    rows = [torch.Generator().manual_seed(params.seed + row) for row in range(num_rows)]
-    return torch.stack([torch.rand(shape[1], generator=row, dtype=torch.float64) for row in rows])
+    random_BN = torch.empty(shape, dtype=torch.float64)
+    for row, random_N in enumerate(random_BN):
+        random_N.uniform_(generator=torch.Generator().manual_seed(params.seed + row))
+    return random_BN
 
 
 def sample(
