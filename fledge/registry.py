@@ -17,6 +17,7 @@ from fledge.errors import ConfigError
 class Family:
     """`module` holds `config` (a frozen dataclass) and `model`; `kind` says what the model offers.
 
+    `published` lists the `model_type`s of Hugging Face directories whose layouts `module.PUBLISHED` writes down.
     causal: `next_logprobs`, `embed`, `hidden`, `unembed`. counts: `next_logprobs` only. scalar: one number a token.
     """
 
@@ -27,6 +28,7 @@ class Family:
     module: str
     config: str
     model: str
+    published: tuple[str, ...] = ()
 
 
 FAMILIES = (
@@ -48,7 +50,7 @@ FAMILIES = (
         "GPTConfig",
         "GPT",
     ),
-    Family("llama", 2023, "causal", "Touvron et al. 2023", "fledge.models.llama", "LlamaConfig", "Llama"),
+    Family("llama", 2023, "causal", "Touvron et al. 2023", "fledge.models.llama", "LlamaConfig", "Llama", ("llama",)),
     Family(
         "pocket",
         2026,
