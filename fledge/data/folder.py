@@ -1,0 +1,185 @@
+"""The user's own folder (or one file): text, code and chats in any language, found by what the files are called.
+
+.jsonl and .parquet files are read as records, every other text file as documents; a text that is a dialogue of
+"User:" and "Assistant:" lines becomes a conversation. Hidden folders and the ones tools make are not entered.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from fledge.data import jsonl, parquet
+from fledge.data.cutting import cut_prose, cut_python
+from fledge.data.filters import select
+from fledge.data.jsonl import USER_LICENCE
+from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, text_blocks
+from fledge.errors import DataError
+from fledge.types import ChatExample, Conversation, Message, Provenance, Role, TextExample
+
+TEXT_SUFFIXES = frozenset(
+    ".txt .text .md .markdown .rst .tex .org .adoc .srt .csv .tsv .html .htm .xml .json .yaml .yml .toml .ini .cfg .log "
+    ".py .pyi .c .h .cc .cpp .hpp .cs .go .java .js .jsx .ts .tsx .kt .swift .rs .rb .php .pl .lua .r .jl .scala .hs .ml "
+    ".clj .ex .erl .sh .bash .zsh .sql .css .scss .vue .svelte .dart .m .f90 .asm .s .proto .cmake".split()
+)
+TEXT_NAMES = frozenset(
+    {"readme", "license", "licence", "copying", "makefile", "dockerfile", "changelog", "authors"}
+)
+LEFT_OUT_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist", "target"})
+
+_SPEAKERS: dict[str, Role] = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "bot": "assistant", "ai": "assistant",
+    "系统": "system", "用户": "user", "助手": "assistant", "问": "user", "答": "assistant",
+}  # fmt: skip
+_TURN = re.compile(
+    rf"^(?:\*\*|#+ )?({'|'.join(_SPEAKERS)})(?:\*\*)?[ \t]*[:：](?:\*\*)?[ \t]*", re.IGNORECASE | re.MULTILINE
+)
+
+
+def examples(split: Split, *, cache: Path, seed: int) -> Iterator[Example]:
+    """The folder as a source: `cache` is the user's folder (or file) itself; strict about what cannot be used."""
+    yield from select(path_examples(cache, "user"), split, seed)
+
+
+def path_examples(
+    path: Path, source: str, *, drops: Drops | None = None, bad: Drops | None = None
+) -> Iterator[Example]:
+    """The examples of every file under `path`, in the order of the paths.
+
+    `drops` counts what holds no text anyone could want trained on: empty files, files of no known text suffix, links
+    that lead nowhere. Files that should have been text and are not (binary, not UTF-8, broken records) raise `DataError`,
+    or, given `bad`, are counted there. A path that does not exist, an empty folder, or one in which nothing is text
+    raises `DataError`.
+    """
+    drops = Drops() if drops is None else drops
+    if not path.exists():
+        raise DataError(f"{path} does not exist: expected a folder or a file of text; check the path")
+    if not path.is_dir():
+        yield from _required(_file_examples(path, path.name, source, bad), f"{path} is empty: expected text")
+        return
+    usable = (file for file in _files(path, drops) if _is_wanted(file, drops))
+    found = chain.from_iterable(
+        _counted(file, _file_examples(file, file.relative_to(path).as_posix(), source, bad), drops, bad)
+        for file in usable
+    )
+    yield from _required(found, f"{path} holds no text", drops)
+
+
+def _required(examples: Iterator[Example], complaint: str, drops: Drops | None = None) -> Iterator[Example]:
+    first = next(examples, None)
+    if first is None:
+        details = f" ({drops})" if drops and drops.counts else ""
+        raise DataError(
+            f"{complaint}{details}; add files such as .txt, .md, .py or .jsonl, or name another path"
+        )
+    yield first
+    yield from examples
+
+
+def _files(root: Path, drops: Drops) -> Iterator[Path]:
+    """All files below `root`, sorted; each folder is entered once, so links in a circle end."""
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            drops.add("folder met before (a link)", folder)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in sorted(subfolders):
+            if name.startswith(".") or name in LEFT_OUT_FOLDERS:
+                drops.add("hidden folder or one that tools make", f"{folder}/{name}")
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and s not in LEFT_OUT_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def _is_wanted(file: Path, drops: Drops) -> bool:
+    is_text = file.suffix.lower() in TEXT_SUFFIXES or file.stem.lower() in TEXT_NAMES
+    if not is_text and file.suffix.lower() not in (".jsonl", ".ndjson", ".parquet"):
+        drops.add("not a text file by its name", str(file))
+        return False
+    if not file.exists():
+        drops.add("link that leads nowhere", str(file))
+        return False
+    return True
+
+
+def _counted(file: Path, found: Iterator[Example], drops: Drops, bad: Drops | None) -> Iterator[Example]:
+    """The examples of one file; an empty one counted, and, given `bad`, one that cannot be read as well."""
+    is_empty = True
+    try:
+        for example in found:
+            is_empty = False
+            yield example
+    except DataError as error:
+        if bad is None:
+            raise
+        bad.add("file that cannot be used", str(error))
+        return
+    if is_empty:
+        drops.add("empty file", str(file))
+
+
+def _file_examples(file: Path, name: str, source: str, bad: Drops | None) -> Iterator[Example]:
+    suffix = file.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        yield from jsonl.file_examples(file, source, bad=bad)
+    elif suffix == ".parquet":
+        yield from parquet.file_examples(file, source)
+    else:
+        yield from _text_examples(file, name, source)
+
+
+def _text_examples(file: Path, name: str, source: str) -> Iterator[Example]:
+    """A text file as documents, holding no more than a few blocks of it at a time."""
+    blocks = text_blocks(file)
+    head = next(blocks, "")
+    following = next(blocks, None)
+    if following is None:
+        yield from _whole_text(head, name, source)
+        return
+    number = 0
+    for piece in _stream_pieces(chain([head, following], blocks)):
+        if piece.strip():
+            yield TextExample(piece, Provenance(source, f"{name}#{number}", USER_LICENCE))
+            number += 1
+
+
+def _whole_text(text: str, name: str, source: str) -> Iterator[Example]:
+    conversation = as_dialogue(text)
+    if conversation is not None:
+        yield ChatExample(conversation, Provenance(source, name, USER_LICENCE))
+        return
+    pieces = cut_python(text) if name.endswith((".py", ".pyi")) else [text]
+    for number, piece in enumerate(pieces):
+        if piece.strip():
+            identity = name if len(pieces) == 1 else f"{name}#{number}"
+            yield TextExample(piece, Provenance(source, identity, USER_LICENCE))
+
+
+def _stream_pieces(blocks: Iterator[str]) -> Iterator[str]:
+    """A text of any size in pieces of at most BLOCK_BYTES characters, cut between paragraphs where there are any."""
+    held = ""
+    for block in blocks:
+        *whole, held = cut_prose(held + block, BLOCK_BYTES) or [""]
+        yield from whole
+    if held:
+        yield held
+
+
+def as_dialogue(text: str) -> Conversation | None:
+    """The conversation a transcript of "User: ..." and "Assistant: ..." paragraphs records; None for any other text."""
+    turns = list(_TURN.finditer(text))
+    roles = [_SPEAKERS[turn.group(1).lower()] for turn in turns]
+    if not turns or text[: turns[0].start()].strip() or not {"user", "assistant"} <= set(roles):
+        return None
+    ends = [*(turn.start() for turn in turns[1:]), len(text)]
+    return Conversation(
+        tuple(
+            Message.of(role, text[turn.end() : end].strip())
+            for role, turn, end in zip(roles, turns, ends, strict=True)
+        )
+    )

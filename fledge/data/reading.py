@@ -1,0 +1,136 @@
+"""Reading the user's files: bounded memory, strict UTF-8, and an answer for every file that cannot be used.
+
+Bottom of data/: every source that opens a file does it here. A problem is a one-line `DataError` unless the caller
+hands in a `Drops`, which counts it instead; nothing is ever skipped without one or the other.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from fledge.errors import DataError
+from fledge.types import ChatExample, TextExample
+
+Example = TextExample | ChatExample
+Split = Literal["train", "validation", "all"]
+
+MAX_LINE_BYTES = 16 << 20  # a longer JSON line is a mistake far more often than a record
+BLOCK_BYTES = 1 << 20
+
+
+class Drops:
+    """Counts what a source could not use: `counts[reason]`, and the first place each reason was met."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{count} x {reason} (first: {self.first[reason]})" for reason, count in self.counts.items()
+        )
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """The regular file at `path`, open for reading; `DataError` where that is not possible.
+
+    Pipes and devices are refused before they are opened, because opening one can wait for ever.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(
+                f"{path} is not a regular file: expected a file of text; leave it out or name a file"
+            )
+        return path.open("rb")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(
+            f"cannot read {path}: {reason}; check the path and its permissions, or leave it out"
+        ) from error
+
+
+def text_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
+    """The file's text in blocks of about `block_bytes`, newlines as \\n, a byte order mark removed.
+
+    Raises `DataError` for NUL bytes (a binary file) and for invalid UTF-8, naming the byte where it stands.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    offset = 0
+    with open_binary(path) as file:
+        while True:
+            block = _read(file, path, block_bytes)
+            if offset == 0:
+                block = block.removeprefix(codecs.BOM_UTF8)
+            _refuse_nul(path, block, offset)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = newlines.decode(block, final=not block)  # type: ignore[arg-type]  # typeshed says str
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, offset - pending + error.start, error) from error
+            if text:
+                yield text
+            if not block:
+                return
+            offset += len(block)
+
+
+def lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a UTF-8 file, blank lines left out; never holds more than a line.
+
+    Raises `DataError` for a line longer than `max_bytes`, NUL bytes and invalid UTF-8, naming the line.
+    """
+    with open_binary(path) as file:
+        number = 0
+        while raw := file.readline(max_bytes + 1):
+            number += 1
+            if len(raw) > max_bytes and not raw.endswith(b"\n"):
+                raise DataError(
+                    f"{path}, line {number} is longer than {max_bytes:,} bytes: expected one record a line; "
+                    "split the record or store the text as a .txt file"
+                )
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            _refuse_nul(f"{path}, line {number}", raw, 0)
+            try:
+                line = raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(f"{path}, line {number}", error.start, error) from error
+            if line:
+                yield number, line
+
+
+def _read(file: BinaryIO, path: Path, size: int) -> bytes:
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; copy the file elsewhere or leave it out"
+        ) from error
+
+
+def _refuse_nul(where: Path | str, block: bytes, offset: int) -> None:
+    position = block.find(b"\0")
+    if position >= 0:
+        raise DataError(
+            f"{where} has a NUL byte at byte {offset + position}: expected UTF-8 text, this is binary or UTF-16; "
+            "convert it to UTF-8 or leave it out"
+        )
+
+
+def _not_utf8(where: Path | str, position: int, error: UnicodeDecodeError) -> DataError:
+    value = error.object[error.start]
+    return DataError(
+        f"{where} is not valid UTF-8: byte 0x{value:02x} at byte {position}; "
+        "convert it (for example: iconv -f GB18030 -t UTF-8) or leave it out"
+    )
