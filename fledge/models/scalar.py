@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,14 @@ class ScalarModel(nn.Module):
         self.head = nn.Linear(int(trunk.config.width), 1)  # type: ignore[union-attr, arg-type]
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
+        self.train()
         freeze(trunk, ("head",))  # the language-model head: no path from it to a score
+
+    def train(self, mode: bool = True) -> ScalarModel:
+        """A judge must say the same of the same text: the trunk stays in evaluation mode, without dropout."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
 
     @property
     def vocab_size(self) -> int:
@@ -147,7 +154,10 @@ def freeze(model: nn.Module, roles: Sequence[str]) -> list[nn.Parameter]:
     return frozen
 
 
-def twin(model: nn.Module) -> nn.Module:
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def twin(model: ModelT) -> ModelT:
     """A copy of `model` that shares its frozen parameters and owns all others, and all buffers."""
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in frozen})

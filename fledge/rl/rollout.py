@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fledge.batches import RankingBatch
 from fledge.errors import DataError
+from fledge.infer.naive import Decode, generate
 from fledge.layers.attention import SegmentContext
 from fledge.models.scalar import ScalarModel, ScoreRegion, read_scores
 from fledge.objectives.clipped_policy import ActionSpace, PolicyRegion, action_logprobs
@@ -25,7 +27,7 @@ from fledge.objectives.clipped_value import action_values
 from fledge.objectives.next_token import Trunk
 from fledge.objectives.ranking import last_scores
 from fledge.rl.reward import last_action
-from fledge.types import Completion, Metrics
+from fledge.types import Completion, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,20 @@ def truncate(ids: Sequence[int], shape: EpisodeShape) -> tuple[int, ...]:
 
 
 Scorer = Callable[[Episodes], Tensor]  # episodes -> raw scores (B,), float32
+Sampler = Callable[[Any, Sequence[Sequence[int]], SamplingParams, torch.Generator], list[Completion]]
+
+
+def naive_sampler(*, pad_id: int, stop_ids: frozenset[int], decode: Decode) -> Sampler:
+    """A `Sampler` that decodes with the plain key/value cache of infer/naive.py."""
+
+    def sample(
+        model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, generator: torch.Generator
+    ) -> list[Completion]:
+        return generate(
+            model, prompts, params, stop_ids=stop_ids, pad_id=pad_id, decode=decode, generator=generator
+        )
+
+    return sample
 
 
 @dataclass(frozen=True)
@@ -153,13 +169,3 @@ def state_values(
         for chunk in episodes.chunks(rows)
     ]
     return torch.cat(values)
-
-
-def sampler_gap(episodes: Episodes, trainer_logprobs_BT: Tensor) -> Metrics:
-    """How far sampler and trainer disagree about the same tokens: mean |difference of probability|, and the largest.
-
-    Below 0.005 is healthy, above 0.01 an alarm: then temperature, banned ids, positions or precision differ.
-    """
-    gap_BT = (trainer_logprobs_BT.exp() - episodes.sampler_logprobs_BT.exp()).abs() * episodes.action_mask_BT
-    mean = float(gap_BT.sum() / episodes.action_mask_BT.sum())
-    return {"sampler_gap": mean, "sampler_gap_max": float(gap_BT.max())}

@@ -1,0 +1,67 @@
+"""The figures of a PPO round, under the names of docs/metrics.md.
+
+Suffixes: B episodes, T positions. Means over tokens run over actions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fledge.batches import Rollout
+from fledge.rl.kl import k1, k3
+from fledge.types import Metrics
+
+
+@torch.no_grad()
+def round_metrics(rollout: Rollout, ended_B: Tensor, shaped_B: Tensor) -> Metrics:
+    """What the episodes were like, before anything is learned from them."""
+    mask_BT = rollout.action_mask_BT
+    num_actions = mask_BT.sum()
+    delta_BT = (rollout.old_logprobs_BT - rollout.reference_logprobs_BT) * mask_BT
+    length_B = mask_BT.sum(dim=1)
+    figures = {
+        "kl": k1(delta_BT).sum(dim=1).mean(),
+        "kl_k3": (k3(delta_BT) * mask_BT).sum(dim=1).mean(),
+        "kl_per_token": k1(delta_BT).sum() / num_actions,
+        "score_mean": rollout.scores_B.mean(),
+        "score_std": rollout.scores_B.std(correction=0),
+        "shaped_score_mean": shaped_B.mean(),
+        "shaped_score_std": shaped_B.std(correction=0),
+        "episode_reward": rollout.rewards_BT.sum(dim=1).mean(),
+        "response_length": length_B.mean(),
+        "end_rate": ended_B.float().mean(),
+        "explained_variance": explained_variance(rollout.old_values_BT, rollout.returns_BT, mask_BT),
+        "return_mean": (rollout.returns_BT * mask_BT).sum() / num_actions,
+    }
+    return {**{name: float(figure) for name, figure in figures.items()}, **sampler_gap(rollout)}
+
+
+def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over actions: 1 is perfect, 0 no better than a constant."""
+    is_action_BT = mask_BT > 0
+    returns, errors = returns_BT[is_action_BT], (returns_BT - values_BT)[is_action_BT]
+    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+
+
+def sampler_gap(rollout: Rollout) -> Metrics:
+    """How far sampler and trainer disagree about the same tokens: |difference of probability|, mean and largest.
+
+    A mean below 0.005 is healthy, above 0.01 an alarm: temperature, banned ids, positions or precision differ.
+    """
+    gap_BT = (
+        rollout.old_logprobs_BT.exp() - rollout.sampler_logprobs_BT.exp()
+    ).abs() * rollout.action_mask_BT
+    mean = float(gap_BT.sum() / rollout.action_mask_BT.sum())
+    return {"sampler_gap": mean, "sampler_gap_max": float(gap_BT.max())}
+
+
+def update_metrics(steps: Sequence[Metrics]) -> Metrics:
+    """One round's optimizer steps in one: extremes of `ratio_*`, the first step's `ratio_gap`, means of the rest."""
+    merged = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    merged["ratio_min"] = min(step["ratio_min"] for step in steps)
+    merged["ratio_max"] = max(step["ratio_max"] for step in steps)
+    merged["ratio_gap"] = steps[0]["ratio_gap"]
+    return merged
