@@ -66,6 +66,7 @@ CONTINUATION = "↳"  # marks WordPiece's tokens inside a word; BERT's "##" woul
 LONGEST_WORD_BYTES = 1024  # WordPiece gives up on longer words; WORD_PATTERN cannot make one of a quarter of it
 NEVER_SCORE = -1e6  # Unigram: the log-probability of special tokens, below any spelling in bytes
 SCORE_DIGITS = 6  # Unigram: the library's parallel sums differ in the last bits from run to run; this cuts them off
+LIBRARY_STEP = 1e-4  # Unigram: how far apart the library scores bytes that it adds after the pruning
 TEXTS_PER_FEED = 1000
 
 
@@ -162,8 +163,9 @@ def _train_wordpiece(texts: Iterator[str], vocab_size: int) -> models.Model:
     core = library.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     alphabet = [*byte_alphabet().values(), *inside.values()]
+    own = [*SPECIAL_TOKENS, *_single_bytes("wordpiece")]
     trainer = trainers.BpeTrainer(
-        vocab_size=max(vocab_size - len(SPECIAL_TOKENS), len(alphabet)),
+        vocab_size=vocab_size - len(own) + len(alphabet),
         min_frequency=MIN_PAIR_COUNT,
         initial_alphabet=sorted(alphabet),
         show_progress=False,
@@ -172,9 +174,9 @@ def _train_wordpiece(texts: Iterator[str], vocab_size: int) -> models.Model:
     outside = {ord(there): here for here, there in zip(map(chr, inside), inside.values(), strict=True)}
     learned = [token for token, _ in sorted(core.get_vocab().items(), key=lambda item: item[1])]
     spelled = [CONTINUATION * (ord(t[0]) >= shift) + t.translate(outside) for t in learned]
-    pieces = list(dict.fromkeys((*SPECIAL_TOKENS, *_single_bytes("wordpiece"), *spelled[len(alphabet) :])))
+    pieces = [*own, *spelled[len(alphabet) :]]
     return models.WordPiece(
-        vocab={piece: i for i, piece in enumerate(pieces[:vocab_size])},
+        vocab={piece: i for i, piece in enumerate(pieces)},
         unk_token="",  # not in the vocabulary: were a word ever unknown, the library would refuse rather than lose it
         max_input_chars_per_word=LONGEST_WORD_BYTES,
         continuing_subword_prefix=CONTINUATION,
@@ -184,8 +186,8 @@ def _train_wordpiece(texts: Iterator[str], vocab_size: int) -> models.Model:
 def _train_unigram(texts: Iterator[str], vocab_size: int) -> models.Model:
     """Prune a large vocabulary by expectation-maximisation until it is small enough.
 
-    Scores are rounded and pieces sorted, and bytes that the pruning left without a score of their own share one below
-    all others (the library numbers them at random), so that equal texts give equal files.
+    Scores are rounded and pieces sorted, and bytes that the pruning left without a score of their own share the
+    lowest one, where the library counts up from it in random order: so equal texts give equal files.
     """
     core = library.Tokenizer(models.Unigram())
     core.pre_tokenizer = _pre_tokenizer()
@@ -195,9 +197,9 @@ def _train_unigram(texts: Iterator[str], vocab_size: int) -> models.Model:
     )
     core.train_from_iterator(_batches(texts), trainer)
     learned = {piece: round(score, SCORE_DIGITS) for piece, score in _unigram_pieces(core)}
-    floor = min((score for piece, score in learned.items() if len(piece) > 1), default=0.0)
-    spelled = {piece: score for piece, score in learned.items() if score >= floor}
-    pieces = spelled | {char: floor - 1.0 for char in alphabet if char not in spelled}
+    lowest = min(learned.values())
+    unseen = lowest + len(alphabet) * LIBRARY_STEP
+    pieces = {piece: lowest if len(piece) == 1 and score < unseen else score for piece, score in learned.items()}
     ordered = sorted(pieces.items(), key=lambda item: (-item[1], item[0]))
     return models.Unigram([*((name, NEVER_SCORE) for name in SPECIAL_TOKENS), *ordered], None, False)
 
