@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fledge.errors import CheckpointError, ConfigError, DataError
 
@@ -118,10 +118,17 @@ class _Level:
         lower_NV[np.repeat(rows_R, sizes_R), self.keys_U[ngram_S] % self.vocab_size] += share_S
 
 
-class NGram:
-    """A Kneser-Ney model. As made from a config it knows nothing (uniform); `fit` or `load_state_dict` fill it."""
+class NGram(nn.Module):
+    """A Kneser-Ney model. As made from a config it knows nothing (uniform); `fit` or `load_state_dict` fill it.
+
+    A module so that it is saved and loaded like every family; its tensors (int64 `keys_k` and `counts_k` for every
+    order k, float64 `discounts` (order, 3)) are buffers, and there is nothing to train. It counts on the CPU.
+    """
+
+    discounts: Tensor
 
     def __init__(self, config: NGramConfig) -> None:
+        super().__init__()
         self.config = config
         self.vocab_size = config.vocab_size
         empty = np.zeros(0, dtype=np.int64)
@@ -134,10 +141,6 @@ class NGram:
         Raises `DataError` when no sequence has two tokens or an id is outside the vocabulary.
         """
         return fit_orders(sequences, [config.order], config.vocab_size)[config.order]
-
-    def discounts(self) -> list[tuple[float, float, float]]:
-        """(D1, D2, D3+) of every order, from order 1."""
-        return [(float(d[1]), float(d[2]), float(d[3])) for d in (level.discounts for level in self._levels)]
 
     def next_logprobs(self, tokens_BT: Tensor) -> Tensor:
         """Natural log-probabilities (B, T, V) float32 of the token after each position; rows are document starts."""
@@ -169,30 +172,32 @@ class NGram:
         logprob_T: Floats = np.log(prob_T)
         return logprob_T
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: `discounts` (order, 3), and for every order k `keys_k` and `counts_k` (int64)."""
-        tensors = {"discounts": torch.tensor(self.discounts(), dtype=torch.float64)}
-        for k, level in enumerate(self._levels, start=1):
-            tensors[f"keys_{k}"] = torch.from_numpy(level.keys_U)
-            tensors[f"counts_{k}"] = torch.from_numpy(level.counts_U)
-        return tensors
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Fill the model from what `state_dict` returned; `CheckpointError` if that is not what `state_dict` holds.
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the model from what `state_dict` returned; `CheckpointError` if that is not what `tensors` holds."""
+        Always strict; counts have no shape of their own to copy into, so the tensors are taken over in any case.
+        """
+        if not strict:
+            raise ValueError("an n-gram model loads all of its counts or none; strict=False is not possible")
         orders = range(1, self.config.order + 1)
         wanted = {"discounts", *(f"{kind}_{k}" for kind in ("keys", "counts") for k in orders)}
-        if wanted != set(tensors):
+        if wanted != set(state_dict):
             raise CheckpointError(
-                f"not an {self.config.order}-gram model: expected tensors {sorted(wanted)}, got {sorted(tensors)}"
+                f"not an {self.config.order}-gram model: expected tensors {sorted(wanted)}, got {sorted(state_dict)}"
             )
-        discounts = np.asarray(tensors["discounts"].numpy(), dtype=np.float64)
+        discounts = np.asarray(state_dict["discounts"].numpy(), dtype=np.float64)
+        if discounts.shape != (self.config.order, 3) or not np.all(
+            (discounts > 0) & (discounts <= [1, 2, 3])
+        ):
+            raise CheckpointError("the discounts are damaged: take the file from its source again")
         levels = []
         num_contexts = 1
         for k in orders:
-            keys_U = np.asarray(tensors[f"keys_{k}"].numpy(), dtype=np.int64)
-            counts_U = np.asarray(tensors[f"counts_{k}"].numpy(), dtype=np.int64)
-            is_sound = discounts.shape == (self.config.order, 3) and keys_U.shape == counts_U.shape
-            is_sound = is_sound and keys_U.ndim == 1 and bool(np.all(np.diff(keys_U) > 0))
+            keys_U = np.asarray(state_dict[f"keys_{k}"].numpy(), dtype=np.int64)
+            counts_U = np.asarray(state_dict[f"counts_{k}"].numpy(), dtype=np.int64)
+            is_sound = keys_U.shape == counts_U.shape == (keys_U.size,) and bool(np.all(np.diff(keys_U) > 0))
             limit = num_contexts * self.vocab_size
             if not is_sound or np.any(keys_U < 0) or np.any(keys_U >= limit) or np.any(counts_U < 1):
                 raise CheckpointError(
@@ -207,7 +212,10 @@ class NGram:
         num_contexts = 1
         for k, (keys_U, counts_U, discounts) in enumerate(levels, start=1):
             self._levels.append(_Level.build(keys_U, counts_U, discounts, num_contexts, self.vocab_size))
+            self.register_buffer(f"keys_{k}", torch.from_numpy(keys_U))
+            self.register_buffer(f"counts_{k}", torch.from_numpy(counts_U))
             num_contexts = self.vocab_size if k == 1 else len(keys_U)
+        self.register_buffer("discounts", torch.tensor(np.stack([table[1:] for _, _, table in levels])))
         uniform_1V = np.full((1, self.vocab_size), 1.0 / self.vocab_size)
         self._levels[0].interpolate_rows(np.zeros(1, dtype=np.int64), uniform_1V)
         self._unigram_V = uniform_1V[0]

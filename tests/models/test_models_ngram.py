@@ -98,12 +98,14 @@ def test_discounts_equal_chen_and_goodman_for_known_counts_of_counts():
     words = [1] * 4 + [2] * 3 + [3] * 3 + [w for w in range(4, 8) for _ in range(2)] + list(range(8, 18))
     model = NGram.fit([[0, *words]], NGramConfig(vocab_size=20, order=1))
     y = 10 / 18
-    assert model.discounts() == [pytest.approx((1 - 2 * y * 4 / 10, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2))]
+    assert model.discounts.tolist() == [
+        pytest.approx([1 - 2 * y * 4 / 10, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2])
+    ]
 
 
 def test_counts_too_few_to_estimate_discounts_fall_back():
     model = NGram.fit([[0, 1, 2]], NGramConfig(vocab_size=3, order=2))
-    assert model.discounts() == [FALLBACK_DISCOUNTS, FALLBACK_DISCOUNTS]
+    assert model.discounts.tolist() == [list(FALLBACK_DISCOUNTS)] * 2
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
@@ -111,7 +113,7 @@ def test_every_probability_equals_the_naive_twin(order):
     sequences = some_text(seed=1, num_sequences=30, length=25, vocab_size=40)
     model = NGram.fit(sequences, NGramConfig(vocab_size=50, order=order))
     twin = NaiveKneserNey(sequences, 50, order)
-    assert model.discounts() == [pytest.approx(d[1:]) for d in twin.discounts[1:]]
+    assert model.discounts.tolist() == [pytest.approx(d[1:]) for d in twin.discounts[1:]]
     for sequence in (sequences[0], [0, 9, 3, 3, 1, 0, 2], [7, 7]):
         prob_1TV = model.next_logprobs(torch.tensor([sequence])).exp()
         for t in range(len(sequence)):
@@ -122,7 +124,7 @@ def test_every_probability_equals_the_naive_twin(order):
 def test_the_naive_comparison_covers_estimated_discounts_not_only_the_fallback():
     sequences = some_text(seed=1, num_sequences=30, length=25, vocab_size=40)
     model = NGram.fit(sequences, NGramConfig(vocab_size=50, order=3))
-    assert FALLBACK_DISCOUNTS not in model.discounts()
+    assert list(FALLBACK_DISCOUNTS) not in model.discounts.tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -200,6 +202,7 @@ def test_saved_tensors_give_back_the_same_model():
     again = NGram(model.config)
     again.load_state_dict(model.state_dict())
     tokens = torch.tensor([sequences[0]])
+    assert list(model.parameters()) == []
     assert torch.equal(again.next_logprobs(tokens), model.next_logprobs(tokens))
     assert np.array_equal(again.target_logprobs(sequences[1]), model.target_logprobs(sequences[1]))
 
@@ -214,6 +217,8 @@ def test_tensors_of_another_order_or_with_damaged_counts_are_refused():
         ("keys_3", tensors["keys_3"] + 10**9),
         ("counts_3", tensors["counts_3"][1:]),
         ("counts_2", -tensors["counts_2"]),
+        ("discounts", tensors["discounts"] - 1),
+        ("discounts", tensors["discounts"][1:]),
     ):
         with pytest.raises(CheckpointError, match="damaged"):
             NGram(model.config).load_state_dict({**tensors, name: damaged})
