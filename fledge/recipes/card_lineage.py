@@ -1,7 +1,7 @@
 """The lineage graph of a run: which artifact was made from which, by hash, and its drawing.
 
 Nodes are read from disk, not from the plan: the corpus, the tokenizer, every checkpoint (a folder with `run.json`)
-and the evaluation. An edge is verified when the hash that the child names is the hash that the parent has now.
+and the evaluation. An edge is drawn only where the hash that the child names is the hash that the parent has now.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def read_lineage(run: Path) -> tuple[LineageNode, ...]:
 
 
 def lineage_svg(nodes: Sequence[LineageNode]) -> str:
-    """The graph from left to right. An edge from the corpus or the tokenizer is left out where a longer path says the
-    same; dashed edges could not be verified."""
+    """The graph from left to right. An edge from the corpus or the tokenizer is left out
+    where a longer path says the same."""
     if not nodes:
         return ""
     depth = _depths(nodes)
@@ -178,13 +178,13 @@ def _edge(node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[f
 
 def _box(node: LineageNode, place: tuple[float, float]) -> str:
     x, top = place[0], place[1] - _NODE_HEIGHT / 2
-    colour = stage_colour(node.stage)
+    colour, title = stage_colour(node.stage), say.shorten(node.title, 7.6)
     return (
         f"<g><title>{text(f'{node.title}: {node.sha256}')}</title>"
         f'<rect class="node" x="{number(x)}" y="{number(top)}" width="{_NODE_WIDTH}" height="{_NODE_HEIGHT}" rx="6"/>'
         f'<rect style="fill:var({colour})" x="{number(x)}" y="{number(top + 8)}" width="4" '
         f'height="{number(_NODE_HEIGHT - 16)}" rx="2"/>'
-        f'<text class="t-strong" x="{number(x + 12)}" y="{number(top + 23)}">{text(say.shorten(node.title, 7.6))}</text>'
+        f'<text class="t-strong" x="{number(x + 12)}" y="{number(top + 23)}">{text(title)}</text>'
         f'<text class="t-mono" x="{number(x + 12)}" y="{number(top + 41)}">{text(node.sha256[:10])}</text></g>'
     )
 

@@ -13,9 +13,7 @@ LOSS = Chart(
     "Loss",
     "nats a token",
     {
-        "loss": "training",
-        "loss_nats": "training",
-        "next_token": "training",
+        "loss/next_token": "training",
         "validation_loss": "validation",
         "validation_loss_nats": "validation",
     },
@@ -37,7 +35,7 @@ ACCURACY = Chart(
 )
 UPKEEP = (
     Chart("Gradient norm", "norm before clipping", {"grad_norm": "gradient norm"}, zoom=True),
-    Chart("Learning rate", "factor of its peak", {"lr": "learning rate", "lr_factor": "learning rate"}),
+    Chart("Learning rate", "factor of its peak", {"lr_scale": "learning rate"}),
     Chart("Speed", "tokens a second", {"tokens_per_second": "tokens a second"}),
 )
 LANGUAGE = (LOSS, BITS, ACCURACY, *UPKEEP)
@@ -45,12 +43,7 @@ RANKING = (
     Chart(
         "Ranking loss",
         "nats a pair",
-        {
-            "loss": "training",
-            "ranking": "training",
-            "ranking_loss": "training",
-            "validation_loss": "validation",
-        },
+        {"loss/ranking": "training", "validation_loss": "validation"},
     ),
     Chart("Pairs ranked right", "share", {"accuracy": "training", "validation_accuracy": "validation"}),
     Chart("Margin between the pair", "reward", {"margin": "margin"}),
@@ -71,12 +64,16 @@ POLICY = (
     Chart(
         "Policy and value loss",
         "loss",
-        {"policy_loss": "policy", "policy": "policy", "value_loss": "value", "value_error": "value error"},
+        {"loss/policy": "policy", "loss/value": "value"},
     ),
     Chart("Value explained", "explained variance", {"explained_variance": "explained variance"}),
     Chart("Ratios clipped", "share", {"clip_fraction": "policy", "value_clip_fraction": "value"}),
     *UPKEEP,
 )
+
+
+# What a step also logs but no chart needs: totals that the cost table has, and the sum of charted losses.
+UNCHARTED = ("loss", "step_seconds", "seconds", "tokens", "flops", "num_steps", "time")
 
 
 @dataclass(frozen=True)
