@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,8 @@ class CausalModel(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
 
 
 class Decoder(Protocol):
@@ -285,4 +288,4 @@ def _check(model: CausalModel, prompts: Sequence[Sequence[int]], params: Samplin
 
 
 def _device(model: CausalModel) -> torch.device:
-    return next(model.parameters()).device
+    return next(chain(model.parameters(), model.buffers())).device
