@@ -63,7 +63,9 @@ def drop_attention(context: Context, probability: float) -> Context:
     """
     if probability == 0:
         return context
-    assert isinstance(context, Droppable), f"{type(context).__name__} cannot drop attention weights: call model.eval()"
+    assert isinstance(context, Droppable), (
+        f"{type(context).__name__} cannot drop attention weights: call model.eval()"
+    )
     return context.dropping(probability)
 
 

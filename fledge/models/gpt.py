@@ -9,7 +9,7 @@ K head width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fledge.errors import ConfigError
 from fledge.layers.attention import Context, RowContext, drop_attention, require_fit
-from fledge.models.published import Published
+from fledge.models.published import Published, RawConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class GPTConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.norm_eps <= 0 or self.init_std <= 0:
-            raise ConfigError(f"norm_eps and init_std must be positive, got {self.norm_eps} and {self.init_std}")
+            raise ConfigError(
+                f"norm_eps and init_std must be positive, got {self.norm_eps} and {self.init_std}"
+            )
 
 
 class Attention(nn.Module):
@@ -258,3 +260,100 @@ PRESETS = {
     "gpt3-13b": _gpt3(5120, 40, 40),
     "gpt3-175b": _gpt3(12288, 96, 96),
 }
+
+
+def _read_mlp_width(raw: RawConfig) -> dict[str, Any]:
+    inner, width = raw.pop("n_inner", None), raw.get("n_embd", 768)
+    if inner not in (None, 4 * width):
+        raise ConfigError(f"n_inner {inner} is not supported: known is 4 x n_embd, here {4 * width}")
+    return {}
+
+
+_LAYER_WEIGHTS = {
+    "h.*.ln_1.weight": ("blocks.*.attention_norm.weight",),
+    "h.*.ln_1.bias": ("blocks.*.attention_norm.bias",),
+    "h.*.attn.c_attn.weight": tuple(
+        f"blocks.*.attention.{part}.weight" for part in ("query", "key", "value")
+    ),
+    "h.*.attn.c_attn.bias": tuple(f"blocks.*.attention.{part}.bias" for part in ("query", "key", "value")),
+    "h.*.attn.c_proj.weight": ("blocks.*.attention.output.weight",),
+    "h.*.attn.c_proj.bias": ("blocks.*.attention.output.bias",),
+    "h.*.ln_2.weight": ("blocks.*.mlp_norm.weight",),
+    "h.*.ln_2.bias": ("blocks.*.mlp_norm.bias",),
+    "h.*.mlp.c_fc.weight": ("blocks.*.mlp.up.weight",),
+    "h.*.mlp.c_fc.bias": ("blocks.*.mlp.up.bias",),
+    "h.*.mlp.c_proj.weight": ("blocks.*.mlp.down.weight",),
+    "h.*.mlp.c_proj.bias": ("blocks.*.mlp.down.bias",),
+    "lm_head.weight": ("head.weight",),
+}
+_TRANSPOSED = frozenset(
+    f"h.*.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+)
+_SIZES = {
+    "n_embd": ("width", 768),
+    "n_layer": ("num_layers", 12),
+    "n_head": ("num_heads", 12),
+    "embd_pdrop": ("embedding_dropout", 0.1),
+    "resid_pdrop": ("residual_dropout", 0.1),
+    "attn_pdrop": ("attention_dropout", 0.1),
+    "layer_norm_epsilon": ("norm_eps", 1e-5),
+    "initializer_range": ("init_std", 0.02),
+}
+_IDLE = frozenset(
+    {
+        "n_ctx",
+        "predict_special_tokens",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+    }
+    | {"summary_type", "summary_use_proj", "n_special", "output_past", "gradient_checkpointing"}
+)
+
+PUBLISHED = (
+    Published(
+        architecture="GPT2LMHeadModel",
+        model_type="gpt2",
+        prefix="transformer.",
+        fields={"vocab_size": ("vocab_size", 50257), "n_positions": ("max_positions", 1024), **_SIZES},
+        fixed={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False, True),  # the order of rounding, not what is computed
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+        },
+        ours={"block": "pre_norm", "window": None},
+        idle=_IDLE,
+        weights={
+            "wte.weight": ("tokens.weight",),
+            "wpe.weight": ("positions.weight",),
+            "ln_f.weight": ("final_norm.weight",),
+            "ln_f.bias": ("final_norm.bias",),
+            **_LAYER_WEIGHTS,
+        },
+        transposed=_TRANSPOSED,
+        buffers=frozenset({"h.*.attn.bias", "h.*.attn.masked_bias"}),
+        read_more=_read_mlp_width,
+    ),
+    Published(
+        architecture="OpenAIGPTLMHeadModel",
+        model_type="openai-gpt",
+        prefix="transformer.",
+        fields={"vocab_size": ("vocab_size", 40478), "n_positions": ("max_positions", 512), **_SIZES},
+        fixed={
+            "afn": ("gelu", "gelu_new"),
+            "tie_word_embeddings": (True,),
+        },  # this make calls the tanh form "gelu"
+        ours={"block": "post_norm", "window": None},
+        idle=_IDLE,
+        weights={
+            "tokens_embed.weight": ("tokens.weight",),
+            "positions_embed.weight": ("positions.weight",),
+            **_LAYER_WEIGHTS,
+        },
+        transposed=_TRANSPOSED,
+        buffers=frozenset({"h.*.attn.bias", "position_ids"}),
+    ),
+)

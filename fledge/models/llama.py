@@ -7,7 +7,8 @@ Shapes: B rows, T positions, D width, H query heads, G key/value heads, K head w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from fledge.errors import ConfigError
 from fledge.layers.attention import Context, RowContext, require_fit
 from fledge.layers.norms import RMSNorm
 from fledge.layers.rope import Llama3Scaling, Rotation, frequencies, rotate, rotations, stretch
-from fledge.models.published import Published
+from fledge.models.published import Published, RawConfig
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,20 @@ class LlamaConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        sizes = (self.vocab_size, self.width, self.num_layers, self.num_heads, self.num_kv_heads, self.mlp_width)
+        sizes = (
+            self.vocab_size,
+            self.width,
+            self.num_layers,
+            self.num_heads,
+            self.num_kv_heads,
+            self.mlp_width,
+        )
         if min(sizes) < 1 or (self.max_positions is not None and self.max_positions < 1):
             raise ConfigError(f"sizes must be positive, got {self}")
         if self.width % (2 * self.num_heads):
-            raise ConfigError(f"width {self.width} must be num_heads {self.num_heads} times an even head width")
+            raise ConfigError(
+                f"width {self.width} must be num_heads {self.num_heads} times an even head width"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
         if min(self.rope_base, self.norm_eps, self.init_std) <= 0:
@@ -204,9 +214,8 @@ def _llama2(width: int, num_layers: int, num_heads: int, num_kv_heads: int, mlp_
 
 def _smol(width: int, num_layers: int, num_heads: int, num_kv_heads: int, mlp_width: int) -> LlamaConfig:
     """Allal et al. 2025 (SmolLM2), the released configs."""
-    base = 130_000.0 if width == 2048 else 100_000.0
     return LlamaConfig(
-        49152, width, num_layers, num_heads, num_kv_heads, mlp_width, 8192, base, is_head_tied=True
+        49152, width, num_layers, num_heads, num_kv_heads, mlp_width, 8192, 100_000.0, is_head_tied=True
     )
 
 
@@ -220,10 +229,118 @@ PRESETS = {
     "llama2-70b": _llama2(8192, 80, 64, 8, 28672),
     "llama3-8b": LlamaConfig(128256, 4096, 32, 32, 8, 14336, 8192, 500_000.0),
     "llama3.2-1b": LlamaConfig(
-        128256, 2048, 16, 32, 8, 8192, 131072, 500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192), is_head_tied=True
+        128256,
+        2048,
+        16,
+        32,
+        8,
+        8192,
+        131072,
+        500_000.0,
+        Llama3Scaling(32.0, 1.0, 4.0, 8192),
+        is_head_tied=True,
     ),
     "tinyllama-1.1b": LlamaConfig(32000, 2048, 22, 32, 4, 5632, 2048),
-    "smollm2-135m": _smol(576, 30, 9, 3, 1536),
+    "smollm2-135m": replace(_smol(576, 30, 9, 3, 1536), init_std=1 / 24),
     "smollm2-360m": _smol(960, 32, 15, 5, 2560),
-    "smollm2-1.7b": _smol(2048, 24, 32, 32, 8192),
+    "smollm2-1.7b": replace(_smol(2048, 24, 32, 32, 8192), rope_base=130_000.0),
 }
+
+
+# Llama 3's names for the four numbers of a stretched rotation -> ours.
+_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_frequency",
+    "high_freq_factor": "high_frequency",
+    "original_max_position_embeddings": "original_positions",
+}
+
+
+def _read_more(raw: RawConfig) -> dict[str, Any]:
+    """Grouped queries, the head width (which must be width / heads) and the rotation, in its old or new spelling."""
+    width, num_heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
+    num_kv_heads, head_width = raw.pop("num_key_value_heads", None), raw.pop("head_dim", None)
+    if head_width is not None and head_width * num_heads != width:
+        raise ConfigError(
+            f"head_dim {head_width} is not supported: known is hidden_size / num_attention_heads, {width} / {num_heads}"
+        )
+    kv = {"num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads}
+    return {**kv, **_read_rope(raw)}
+
+
+def _read_rope(raw: RawConfig) -> dict[str, Any]:
+    old, new = raw.pop("rope_scaling", None), raw.pop("rope_parameters", None)
+    given = dict(new or old or {})
+    base = raw.pop("rope_theta", 10000.0)
+    base = given.pop("rope_theta", base)
+    old_kind = given.pop("type", "default")
+    kind = given.pop("rope_type", old_kind)
+    if given.get("partial_rotary_factor") == 1.0:
+        del given["partial_rotary_factor"]
+    if kind not in ("default", "llama3"):
+        raise ConfigError(f"rope type '{kind}' is not supported: known are default, llama3")
+    wanted = set(_SCALING) if kind == "llama3" else set()
+    if set(given) != wanted:
+        raise ConfigError(f"rope type '{kind}' takes the fields {sorted(wanted)}, got {sorted(given)}")
+    scaling = {ours: given[theirs] for theirs, ours in _SCALING.items()} if kind == "llama3" else None
+    return {"rope_base": base, "rope_scaling": scaling}
+
+
+def _write_more(config: LlamaConfig) -> RawConfig:
+    """The old spelling of the rotation, which old and new readers understand."""
+    scaling = config.rope_scaling
+    numbers = {theirs: getattr(scaling, ours) for theirs, ours in _SCALING.items()} if scaling else {}
+    return {
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "rope_theta": config.rope_base,
+        "rope_scaling": {"rope_type": "llama3", **numbers} if scaling else None,
+    }
+
+
+PUBLISHED = (
+    Published(
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        prefix="model.",
+        fields={
+            "vocab_size": ("vocab_size", 32000),
+            "hidden_size": ("width", 4096),
+            "num_hidden_layers": ("num_layers", 32),
+            "num_attention_heads": ("num_heads", 32),
+            "intermediate_size": ("mlp_width", 11008),
+            "max_position_embeddings": ("max_positions", 2048),
+            "tie_word_embeddings": ("is_head_tied", False),
+            "rms_norm_eps": ("norm_eps", 1e-6),
+            "initializer_range": ("init_std", 0.02),
+        },
+        fixed={
+            "hidden_act": ("silu",),
+            "attention_bias": (False,),
+            "attention_dropout": (0.0,),
+            "mlp_bias": (False,),
+            "rope_interleaved": (False,),
+        },
+        ours={},
+        idle=frozenset(
+            {"pretraining_tp", "is_llama_config", "transformers.js_config", "max_sequence_length"}
+        ),
+        weights={
+            "embed_tokens.weight": ("tokens.weight",),
+            "layers.*.input_layernorm.weight": ("blocks.*.attention_norm.weight",),
+            "layers.*.self_attn.q_proj.weight": ("blocks.*.attention.query.weight",),
+            "layers.*.self_attn.k_proj.weight": ("blocks.*.attention.key.weight",),
+            "layers.*.self_attn.v_proj.weight": ("blocks.*.attention.value.weight",),
+            "layers.*.self_attn.o_proj.weight": ("blocks.*.attention.output.weight",),
+            "layers.*.post_attention_layernorm.weight": ("blocks.*.mlp_norm.weight",),
+            "layers.*.mlp.gate_proj.weight": ("blocks.*.mlp.gate.weight",),
+            "layers.*.mlp.up_proj.weight": ("blocks.*.mlp.up.weight",),
+            "layers.*.mlp.down_proj.weight": ("blocks.*.mlp.down.weight",),
+            "norm.weight": ("final_norm.weight",),
+            "lm_head.weight": ("head.weight",),
+        },
+        buffers=frozenset({"layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"}),
+        read_more=_read_more,
+        write_more=_write_more,
+    ),
+)
