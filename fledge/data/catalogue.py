@@ -16,12 +16,15 @@ from fledge.data.package import Package, fetch
 from fledge.data.reading import Example, Split
 from fledge.errors import DataError
 
-Kind = Literal["prose", "code", "chat", "questions"]
+Kind = Literal["prose", "code", "chat"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """`function` in `module` gives the examples; `PACKAGE` there is what is fetched, if anything. Size: text, in MB."""
+    """`function` in data/`module`.py gives the examples; `PACKAGE` there is what is fetched, if anything.
+
+    `megabytes` is the size of the text, rounded.
+    """
 
     name: str
     kind: Kind
@@ -35,11 +38,11 @@ class Source:
     @property
     def package(self) -> Package | None:
         """The pinned archive the source lives in; None for one that is already on the machine."""
-        return getattr(importlib.import_module(self.module), "PACKAGE", None)
+        return getattr(importlib.import_module(f"fledge.data.{self.module}"), "PACKAGE", None)
 
     def open(self, split: Split, *, cache: Path, seed: int) -> Iterator[Example]:
         """The examples of a split, fetching the package first if need be."""
-        function = getattr(importlib.import_module(self.module), self.function)
+        function = getattr(importlib.import_module(f"fledge.data.{self.module}"), self.function)
         examples: Iterator[Example] = function(split, cache=cache, seed=seed)
         return examples
 
@@ -48,14 +51,23 @@ class Source:
         return None if self.package is None else fetch(self.package, cache)
 
 
+_CC, _BSD = "CC BY-SA 4.0", "BSD-3-Clause"
 SOURCES = (
-    Source("wikipedia", "prose", "10,033 article introductions", "en", 4.8, "CC BY-SA 4.0", "fledge.data.wikipedia"),
-    Source("wikipedia-fr", "prose", "9,955 article introductions", "fr", 3.7, "CC BY-SA 4.0", "fledge.data.wikipedia", "french_examples"),
-    Source("wikipedia-es", "prose", "6,239 article introductions", "es", 2.6, "CC BY-SA 4.0", "fledge.data.wikipedia", "spanish_examples"),
-    Source("recipes", "prose", "3,129 recipes of the Wikibooks Cookbook", "en", 3.5, "CC BY-SA 4.0", "fledge.data.recipes"),
-    Source("stdlib", "code", "the running Python's standard library", "python", 9.0, "PSF-2.0", "fledge.data.stdlib"),
-    Source("chitchat", "chat", "7,168 chats between strangers", "en", 12.5, "MIT", "fledge.data.chitchat"),
-)  # fmt: skip
+    Source("wikipedia", "prose", "introductions of 10,033 articles", "en", 4.9, _CC, "wikipedia"),
+    Source("wikipedia-fr", "prose", "introductions of 9,955", "fr", 3.7, _CC, "wikipedia", "french_examples"),
+    Source(
+        "wikipedia-es", "prose", "introductions of 6,239", "es", 2.7, _CC, "wikipedia", "spanish_examples"
+    ),
+    Source("recipes", "prose", "3,129 recipes of the Wikibooks Cookbook", "en", 2.7, _CC, "recipes"),
+    Source("three-kingdoms", "prose", "the novel 三国演义", "zh", 1.8, "public domain", "three_kingdoms"),
+    Source("hsk", "prose", "4,354 graded sentences, translated", "zh", 0.2, _CC, "hsk"),
+    Source("stdlib", "code", "the running Python's standard library", "python", 8.8, "PSF-2.0", "stdlib"),
+    Source("chitchat", "chat", "4,017 chats between strangers", "en", 12.0, "MIT", "chitchat"),
+    Source("chatterbot", "chat", "questions and answers, many subjects", "en", 0.2, _BSD, "chatterbot"),
+    Source(
+        "chatterbot-zh", "chat", "the same in Chinese", "zh", 0.03, _BSD, "chatterbot", "chinese_examples"
+    ),
+)
 
 
 def source(name: str) -> Source:

@@ -12,38 +12,39 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fledge.data import catalogue
-from fledge.data.atomic import check_size, new_folder, read_manifest
-from fledge.data.filters import FilterConfig, Sieve
+from fledge.data.filters import FilterConfig, Sieve, example_text, select
 from fledge.data.folder import path_examples
 from fledge.data.jsonl import example_to_json, record_example
-from fledge.data.package import file_sha256
+from fledge.data.manifest import NAME, check_file, read_manifest
 from fledge.data.reading import Drops, Example, Split
 from fledge.data.shards import Encoder, Shards, write_shards
 from fledge.errors import DataError
+from fledge.files import sha256_file, write_directory
 from fledge.types import ChatExample, TextExample
 
 KIND = "fledge corpus"
 SIDES: tuple[Split, Split] = ("train", "validation")
+PROGRESS_EVERY = 1000  # documents
+Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
 class Ingredient:
     """A source of the corpus: one of the catalogue by `name`, or, with `path`, the user's own folder or file.
 
-    `limit` bounds the examples read, None: all. With `skip_bad` files and lines that cannot be used are counted
-    and left out instead of refused.
+    `limit_bytes` bounds the UTF-8 bytes read, taken from a shuffle by the seed; None: all. With `skip_bad`, files and
+    lines that cannot be used are counted and left out instead of refused.
     """
 
     name: str
     path: str | None = None
-    limit: int | None = None
+    limit_bytes: int | None = None
     skip_bad: bool = False
 
 
@@ -52,47 +53,41 @@ def write_corpus(
     folder: Path,
     *,
     cache: Path,
+    seed: int,
     filters: FilterConfig | None = None,
-    seed: int = 0,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Corpus:
-    """Read, filter and split the ingredients into the new `folder`. `progress(source, documents so far)` is called now
-    and then.
+    """Read, filter and split the ingredients into `folder`, replacing it once the new one is whole.
 
-    Earlier ingredients win where two hold the same text. Raises `DataError` for an unknown source, input that cannot be
-    used, an ingredient that yields nothing, a full disk, or a `folder` that exists.
+    Earlier ingredients win where two hold the same text. `progress(source, documents)` is called now and then. Raises
+    `DataError` for an unknown source, input that cannot be used and an ingredient that yields nothing; `RunError` when
+    the disk is full.
     """
-    config = filters or FilterConfig()
-    sieve = Sieve(config)
-    drops = {ingredient.name: Drops() for ingredient in ingredients}
-    if len(drops) < len(ingredients):
+    names = [ingredient.name for ingredient in ingredients]
+    if len(set(names)) < len(names) or not names:
         raise DataError(
-            f"two sources share a name in {', '.join(i.name for i in ingredients)}: give each its own"
+            f"the corpus is to be made of ({', '.join(names)}): expected one source or more, none twice"
         )
-    with new_folder(folder) as workplace:
-        with ExitStack() as stack:
-            files = {
-                s: stack.enter_context((workplace / f"{s}.jsonl").open("w", encoding="utf-8")) for s in SIDES
-            }
-            for ingredient in ingredients:
-                examples = read_ingredient(ingredient, cache=cache, seed=seed, drops=drops[ingredient.name])
-                for number, (side, example) in enumerate(sieve.sift(ingredient.name, examples)):
-                    files[side].write(json.dumps(example_to_json(example), ensure_ascii=False) + "\n")
-                    if progress and number % 1000 == 0:
-                        progress(ingredient.name, number)
-                _refuse_nothing(ingredient, sieve, drops[ingredient.name])
-        _write_manifest(workplace, sieve, drops)
+    kitchen = _Kitchen(cache, seed, Sieve(filters or FilterConfig()), progress or _silent)
+    write_directory(folder, lambda workplace: kitchen.fill(workplace, ingredients))
     return Corpus.open(folder)
 
 
 def read_ingredient(ingredient: Ingredient, *, cache: Path, seed: int, drops: Drops) -> Iterator[Example]:
-    """The examples of an ingredient, unfiltered, both sides of the split."""
+    """The examples of an ingredient in an order shuffled by `seed`, unfiltered, both sides of the split."""
     if ingredient.path is None:
         examples = catalogue.source(ingredient.name).open("all", cache=cache, seed=seed)
     else:
-        strictness = drops if ingredient.skip_bad else None
-        examples = path_examples(Path(ingredient.path), ingredient.name, drops=drops, bad=strictness)
-    return islice(examples, ingredient.limit)
+        bad = drops if ingredient.skip_bad else None
+        examples = select(
+            path_examples(Path(ingredient.path), ingredient.name, drops=drops, bad=bad), "all", seed
+        )
+    num_bytes = 0
+    for example in examples:
+        num_bytes += len(example_text(example).encode("utf-8", "surrogatepass"))
+        if ingredient.limit_bytes is not None and num_bytes > ingredient.limit_bytes:
+            return
+        yield example
 
 
 class Corpus:
@@ -103,7 +98,7 @@ class Corpus:
         self.yields: dict[str, dict[str, Any]] = manifest["yields"]
         self.sources: tuple[str, ...] = tuple(self.yields)
         self.hash = hashlib.sha256(
-            "".join(manifest["files"][s]["sha256"] for s in SIDES).encode()
+            "".join(manifest["files"][side]["sha256"] for side in SIDES).encode()
         ).hexdigest()
 
     @classmethod
@@ -111,21 +106,17 @@ class Corpus:
         """The corpus in `folder`; sizes are always checked, contents too if `verify`; `DataError` otherwise."""
         manifest = read_manifest(folder, KIND)
         for side in SIDES:
-            path = folder / f"{side}.jsonl"
-            check_size(path, manifest["files"][side]["bytes"])
-            if verify and file_sha256(path) != manifest["files"][side]["sha256"]:
-                raise DataError(f"{path} was altered: its sha256 differs from the manifest's; build it again")
+            facts = manifest["files"][side]
+            check_file(folder / f"{side}.jsonl", facts["bytes"], facts["sha256"], verify=verify)
         return cls(folder, manifest)
 
     def examples(self, side: Split, sources: Iterable[str] | None = None) -> Iterator[Example]:
         """The examples of a side, in the order they were written; of all sources, or of those named."""
         wanted = self._known(sources)
         for each in SIDES if side == "all" else (side,):
-            with (self.folder / f"{each}.jsonl").open(encoding="utf-8") as file:
-                for line in file:
-                    record = json.loads(line)
-                    if record["source"] in wanted:
-                        yield record_example(record, record["source"], record["id"], record["licence"])
+            for record in _records(self.folder / f"{each}.jsonl"):
+                if record["source"] in wanted:
+                    yield record_example(record, record["source"], record["id"], record["licence"])
 
     def texts(self, side: Split, sources: Iterable[str] | None = None) -> Iterator[TextExample]:
         """The documents among `examples`."""
@@ -144,16 +135,23 @@ class Corpus:
         return wanted
 
 
-def tokenizer_sample(corpus: Corpus, max_chars: int, seed: int) -> Iterator[str]:
-    """Training texts for a tokenizer: the train side of every source, chats as their messages, at most `max_chars`.
+def tokenizer_sample(
+    corpus: Corpus, max_bytes: int, seed: int, *, floor_share: float = 0.05
+) -> Iterator[str]:
+    """Training texts for a tokenizer: documents and messages of the train side, about `max_bytes` in all.
 
-    When there is more, each text is kept with the same chance, so sources keep their proportions.
+    Sources keep their proportions, except that each gets `floor_share` of `max_bytes` (or all it has), so that a small
+    folder of the user's is not lost beside large sources.
     """
-    total = sum(account["kept_bytes"]["train"] for account in corpus.yields.values())
-    chance = min(1.0, max_chars / max(total, 1))
+    sizes = {name: account["kept_bytes"]["train"] for name, account in corpus.yields.items()}
+    total = max(sum(sizes.values()), 1)
+    chances = {
+        name: min(1.0, max(max_bytes / total, floor_share * max_bytes / max(size, 1)))
+        for name, size in sizes.items()
+    }
     rng = np.random.default_rng(seed)
     for example in corpus.examples("train"):
-        if chance < 1.0 and rng.random() >= chance:
+        if rng.random() >= chances[example.provenance.source]:
             continue
         if isinstance(example, TextExample):
             yield example.text
@@ -161,51 +159,87 @@ def tokenizer_sample(corpus: Corpus, max_chars: int, seed: int) -> Iterator[str]
             yield from (message.text for message in example.conversation.messages)
 
 
-def tokenize_corpus(corpus: Corpus, encoder: Encoder, folder: Path) -> dict[Split, Shards]:
-    """Shards of the documents of both sides, in `folder`/train and `folder`/validation.
+def tokenize_corpus(
+    corpus: Corpus, encoder: Encoder, folder: Path, *, sources: Iterable[str] | None = None
+) -> dict[Split, Shards]:
+    """Shards of the documents (not the conversations) of both sides, in `folder`/train and `folder`/validation.
 
-    A side that is there already, finished and made with this tokenizer is opened, not made again. Raises `DataError` if
-    a side has no document at all.
+    What is there is replaced. Raises `DataError` if a side has no document.
     """
-    made: dict[Split, Shards] = {}
-    for side in SIDES:
-        place = folder / side
-        if place.exists():
-            made[side] = Shards.open(place)
-            if made[side].tokenizer_hash != encoder.hash:
-                raise DataError(f"{place} was made with another tokenizer: remove it or name another folder")
-        else:
-            made[side] = write_shards(corpus.texts(side), encoder, place)
-    return made
+    names = None if sources is None else tuple(sources)
+    return {side: write_shards(corpus.texts(side, names), encoder, folder / side) for side in SIDES}
 
 
-def _refuse_nothing(ingredient: Ingredient, sieve: Sieve, drops: Drops) -> None:
-    account = sieve.yields[ingredient.name]
-    if account.kept["train"] == 0:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in account.dropped.items())
-        said = "; ".join(filter(None, [reasons, str(drops)])) or "it is empty"
+class _Kitchen:
+    """One run of `write_corpus`: what every ingredient goes through."""
+
+    def __init__(self, cache: Path, seed: int, sieve: Sieve, progress: Progress) -> None:
+        self._cache = cache
+        self._seed = seed
+        self._sieve = sieve
+        self._progress = progress
+
+    def fill(self, workplace: Path, ingredients: Sequence[Ingredient]) -> None:
+        unusable: dict[str, dict[str, Any]] = {}
+        with ExitStack() as stack:
+            files = {
+                side: stack.enter_context((workplace / f"{side}.jsonl").open("w", encoding="utf-8"))
+                for side in SIDES
+            }
+            for ingredient in ingredients:
+                drops = Drops()
+                for side, example in self._sifted(ingredient, drops):
+                    files[side].write(json.dumps(example_to_json(example), ensure_ascii=False) + "\n")
+                self._refuse_nothing(ingredient, drops)
+                unusable[ingredient.name] = drops.to_json()
+        self._write_manifest(workplace, unusable)
+
+    def _sifted(self, ingredient: Ingredient, drops: Drops) -> Iterator[tuple[Split, Example]]:
+        examples = read_ingredient(ingredient, cache=self._cache, seed=self._seed, drops=drops)
+        number = 0
+        for number, found in enumerate(self._sieve.sift(ingredient.name, examples), start=1):
+            if number % PROGRESS_EVERY == 0:
+                self._progress(ingredient.name, number)
+            yield found
+        self._progress(ingredient.name, number)
+
+    def _refuse_nothing(self, ingredient: Ingredient, drops: Drops) -> None:
+        account = self._sieve.yields[ingredient.name]
+        if account.kept["train"]:
+            return
+        reasons = [f"{count} x {reason}" for reason, count in account.dropped.items()]
+        said = "; ".join(filter(None, [*reasons, str(drops)])) or "nothing was dropped"
+        where = f" at {ingredient.path}" if ingredient.path else ""
         raise DataError(
-            f"source '{ingredient.name}'{f' at {ingredient.path}' if ingredient.path else ''} gave no training document "
-            f"out of {account.read} read ({said}); expected UTF-8 text; point it at text or leave it out"
+            f"source '{ingredient.name}'{where} gave no training document out of {account.read} read ({said}); "
+            "expected UTF-8 text: add some, or leave the source out"
         )
 
-
-def _write_manifest(workplace: Path, sieve: Sieve, drops: dict[str, Drops]) -> None:
-    yields = {name: account.to_json() for name, account in sieve.yields.items()}
-    for name, dropped in drops.items():
-        yields[name]["unusable"] = {
-            reason: {"count": count, "first": dropped.first[reason]}
-            for reason, count in dropped.counts.items()
+    def _write_manifest(self, workplace: Path, unusable: dict[str, dict[str, Any]]) -> None:
+        yields = {
+            name: {**account.to_json(), "unusable": unusable[name]}
+            for name, account in self._sieve.yields.items()
         }
-    files = {side: workplace / f"{side}.jsonl" for side in SIDES}
-    manifest = {
-        "kind": KIND,
-        "version": 1,
-        "filters": asdict(sieve.config),
-        "yields": yields,
-        "files": {
-            side: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for side, path in files.items()
-        },
-    }
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    (workplace / "manifest.json").write_text(text, encoding="utf-8")
+        files = {side: workplace / f"{side}.jsonl" for side in SIDES}
+        manifest = {
+            "kind": KIND,
+            "version": 1,
+            "filters": asdict(self._sieve.config),
+            "yields": yields,
+            "files": {
+                side: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                for side, path in files.items()
+            },
+        }
+        (workplace / NAME).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            record: dict[str, Any] = json.loads(line)
+            yield record
+
+
+def _silent(source: str, documents: int) -> None:
+    """Nobody asked to be told."""

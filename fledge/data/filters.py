@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class FilterConfig:
 
 
 DEFAULT = FilterConfig()
+ExampleT = TypeVar("ExampleT", TextExample, ChatExample, Example)
 Filter = Callable[[str, FilterConfig], str | None]
 
 # C0 except tab, newline, form feed and carriage return; DEL and C1; the replacement character; noncharacters.
@@ -91,20 +92,32 @@ def side(key: bytes, validation_share: float = DEFAULT.validation_share) -> Spli
 
 
 def select(
-    examples: Iterable[Example], split: Split, seed: int, buffer_size: int = 16_384
-) -> Iterator[Example]:
-    """The examples of one split, shuffled by `seed` within a sliding buffer of `buffer_size` examples."""
+    examples: Iterable[ExampleT],
+    split: Split,
+    seed: int,
+    *,
+    buffer_size: int = 16_384,
+    buffer_chars: int = 1 << 26,
+) -> Iterator[ExampleT]:
+    """The examples of one split, shuffled by `seed` within a sliding buffer.
+
+    The buffer holds `buffer_size` examples and about `buffer_chars` characters, whichever is reached first.
+    """
     rng = np.random.default_rng(seed)
-    buffer: list[Example] = []
+    buffer: list[ExampleT] = []
+    held_chars = 0
     for example in examples:
-        if split != "all" and side(document_key(example_text(example))) != split:
+        text = example_text(example)
+        if split != "all" and side(document_key(text)) != split:
             continue
-        if len(buffer) < buffer_size:
-            buffer.append(example)
-            continue
-        place = int(rng.integers(buffer_size))
-        buffer[place], example = example, buffer[place]
-        yield example
+        buffer.append(example)
+        held_chars += len(text)
+        if len(buffer) > buffer_size or held_chars > buffer_chars:
+            place = int(rng.integers(len(buffer)))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            chosen = buffer.pop()
+            held_chars -= len(example_text(chosen))
+            yield chosen
     for place in rng.permutation(len(buffer)):
         yield buffer[place]
 

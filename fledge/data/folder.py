@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -16,27 +17,108 @@ from fledge.data import jsonl, parquet
 from fledge.data.cutting import cut_prose, cut_python
 from fledge.data.filters import select
 from fledge.data.jsonl import USER_LICENCE
-from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, text_blocks
+from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, open_binary, text_blocks
 from fledge.errors import DataError
 from fledge.types import ChatExample, Conversation, Message, Provenance, Role, TextExample
 
 TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .org .adoc .srt .csv .tsv .html .htm .xml .json .yaml .yml .toml .ini .cfg .log "
-    ".py .pyi .c .h .cc .cpp .hpp .cs .go .java .js .jsx .ts .tsx .kt .swift .rs .rb .php .pl .lua .r .jl .scala .hs .ml "
-    ".clj .ex .erl .sh .bash .zsh .sql .css .scss .vue .svelte .dart .m .f90 .asm .s .proto .cmake".split()
+    f".{suffix}"
+    for suffixes in (
+        (
+            "txt",
+            "text",
+            "md",
+            "markdown",
+            "rst",
+            "tex",
+            "org",
+            "adoc",
+            "srt",
+            "csv",
+            "tsv",
+            "html",
+            "htm",
+            "xml",
+        ),
+        (
+            "json",
+            "yaml",
+            "yml",
+            "toml",
+            "ini",
+            "cfg",
+            "log",
+            "css",
+            "scss",
+            "sql",
+            "proto",
+            "cmake",
+            "sh",
+            "bash",
+        ),
+        (
+            "py",
+            "pyi",
+            "c",
+            "h",
+            "cc",
+            "cpp",
+            "hpp",
+            "cs",
+            "go",
+            "java",
+            "js",
+            "jsx",
+            "ts",
+            "tsx",
+            "kt",
+            "swift",
+            "rs",
+        ),
+        (
+            "rb",
+            "php",
+            "pl",
+            "lua",
+            "r",
+            "jl",
+            "scala",
+            "hs",
+            "ml",
+            "clj",
+            "ex",
+            "erl",
+            "zsh",
+            "vue",
+            "svelte",
+            "dart",
+        ),
+        ("m", "f90", "asm", "s"),
+    )
+    for suffix in suffixes
 )
+RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
 TEXT_NAMES = frozenset(
     {"readme", "license", "licence", "copying", "makefile", "dockerfile", "changelog", "authors"}
 )
 LEFT_OUT_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist", "target"})
 
 _SPEAKERS: dict[str, Role] = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "bot": "assistant", "ai": "assistant",
-    "系统": "system", "用户": "user", "助手": "assistant", "问": "user", "答": "assistant",
-}  # fmt: skip
-_TURN = re.compile(
-    rf"^(?:\*\*|#+ )?({'|'.join(_SPEAKERS)})(?:\*\*)?[ \t]*[:：](?:\*\*)?[ \t]*", re.IGNORECASE | re.MULTILINE
-)
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "系统": "system",
+    "用户": "user",
+    "问": "user",
+    "助手": "assistant",
+    "答": "assistant",
+}
+_NAMES = "|".join(_SPEAKERS)
+_MARK = r"(?:\*\*|#+ )?"  # bold or a heading, as transcripts pasted from web pages have
+_TURN = re.compile(rf"^{_MARK}({_NAMES})(?:\*\*)?[ \t]*[:：](?:\*\*)?[ \t]*", re.IGNORECASE | re.MULTILINE)
 
 
 def examples(split: Split, *, cache: Path, seed: int) -> Iterator[Example]:
@@ -50,9 +132,9 @@ def path_examples(
     """The examples of every file under `path`, in the order of the paths.
 
     `drops` counts what holds no text anyone could want trained on: empty files, files of no known text suffix, links
-    that lead nowhere. Files that should have been text and are not (binary, not UTF-8, broken records) raise `DataError`,
-    or, given `bad`, are counted there. A path that does not exist, an empty folder, or one in which nothing is text
-    raises `DataError`.
+    that lead nowhere. Files that should have been text and are not (binary, not UTF-8, broken records) raise
+    `DataError`, or, given `bad`, are counted there. A path that does not exist, an empty folder, or one in which
+    nothing is text raises `DataError`.
     """
     drops = Drops() if drops is None else drops
     if not path.exists():
@@ -66,6 +148,18 @@ def path_examples(
         for file in usable
     )
     yield from _required(found, f"{path} holds no text", drops)
+
+
+def content_hash(path: Path) -> str:
+    """The sha256 of the names and contents of all files that `path_examples` would read."""
+    drops = Drops()
+    files = [path] if path.is_file() else [file for file in _files(path, drops) if _is_wanted(file, drops)]
+    digest = hashlib.sha256()
+    for file in files:
+        with open_binary(file) as content:
+            digest.update(f"{file.relative_to(path).as_posix()}\n".encode("utf-8", "surrogateescape"))
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _required(examples: Iterator[Example], complaint: str, drops: Drops | None = None) -> Iterator[Example]:
@@ -98,7 +192,7 @@ def _files(root: Path, drops: Drops) -> Iterator[Path]:
 
 def _is_wanted(file: Path, drops: Drops) -> bool:
     is_text = file.suffix.lower() in TEXT_SUFFIXES or file.stem.lower() in TEXT_NAMES
-    if not is_text and file.suffix.lower() not in (".jsonl", ".ndjson", ".parquet"):
+    if not is_text and file.suffix.lower() not in RECORD_SUFFIXES:
         drops.add("not a text file by its name", str(file))
         return False
     if not file.exists():
@@ -128,7 +222,7 @@ def _file_examples(file: Path, name: str, source: str, bad: Drops | None) -> Ite
     if suffix in (".jsonl", ".ndjson"):
         yield from jsonl.file_examples(file, source, bad=bad)
     elif suffix == ".parquet":
-        yield from parquet.file_examples(file, source)
+        yield from parquet.file_examples(file, source, bad=bad)
     else:
         yield from _text_examples(file, name, source)
 

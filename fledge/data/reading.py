@@ -12,7 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 from fledge.errors import DataError
 from fledge.types import ChatExample, TextExample
@@ -35,13 +35,18 @@ class Drops:
         self.counts[reason] += 1
         self.first.setdefault(reason, where)
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            reason: {"count": count, "first": self.first[reason]} for reason, count in self.counts.items()
+        }
+
     def __str__(self) -> str:
         return "; ".join(
             f"{count} x {reason} (first: {self.first[reason]})" for reason, count in self.counts.items()
         )
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> io.BufferedReader:
     """The regular file at `path`, open for reading; `DataError` where that is not possible.
 
     Pipes and devices are refused before they are opened, because opening one can wait for ever.
@@ -75,7 +80,7 @@ def text_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
             _refuse_nul(path, block, offset)
             pending = len(decoder.getstate()[0])
             try:
-                text = newlines.decode(block, final=not block)  # type: ignore[arg-type]  # typeshed says str
+                text = newlines.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, offset - pending + error.start, error) from error
             if text:
@@ -110,7 +115,7 @@ def lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, st
                 yield number, line
 
 
-def _read(file: BinaryIO, path: Path, size: int) -> bytes:
+def _read(file: io.BufferedReader, path: Path, size: int) -> bytes:
     try:
         return file.read(size)
     except OSError as error:

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fledge.data.atomic import check_size, new_folder, read_manifest
-from fledge.data.package import file_sha256
+from fledge.data.manifest import NAME, check_file, read_manifest
 from fledge.errors import DataError
+from fledge.files import write_directory
 from fledge.types import TextExample
 
 KIND = "fledge token shards"
@@ -58,11 +58,13 @@ class SourceCount:
 def write_shards(
     documents: Iterable[TextExample], encoder: Encoder, folder: Path, *, shard_tokens: int = SHARD_TOKENS
 ) -> Shards:
-    """Tokenize `documents` into a new folder of shards of about `shard_tokens` tokens, in the order given.
+    """Tokenize `documents` into a folder of shards of about `shard_tokens` tokens, in the order given.
 
-    Raises `DataError` when there is no document, when `folder` exists, or when the disk is full.
+    A folder that is there already is replaced once the new one is whole. Raises `DataError` when there is no document,
+    `RunError` when the disk is full.
     """
-    with new_folder(folder) as workplace:
+
+    def fill(workplace: Path) -> None:
         writer = _Writer(workplace, encoder)
         for example, ids in _encoded(documents, encoder):
             writer.add(example, ids)
@@ -71,9 +73,11 @@ def write_shards(
         writer.finish_shard()
         if not writer.files:
             raise DataError(
-                f"no document to tokenize for {folder}: expected at least one; name a source that has text"
+                f"no document to tokenize for {folder}: expected at least one; add text to the corpus"
             )
         writer.write_manifest()
+
+    write_directory(folder, fill)
     return Shards.open(folder)
 
 
@@ -108,12 +112,7 @@ class Shards:
         manifest = read_manifest(folder, KIND)
         for file in manifest["files"]:
             for part in ("tokens", "index"):
-                path = folder / file[part]
-                check_size(path, file[f"{part}_bytes"])
-                if verify and file_sha256(path) != file[f"{part}_sha256"]:
-                    raise DataError(
-                        f"{path} was altered: its sha256 differs from {folder}/manifest.json; build it again"
-                    )
+                check_file(folder / file[part], file[f"{part}_bytes"], file[f"{part}_sha256"], verify=verify)
         return cls(folder, manifest)
 
     @property
@@ -129,7 +128,8 @@ class Shards:
         """`length`+1 ids of a document from position `start`: position 0 is the end-of-text that opens it."""
         stream = self._streams[self._shard_N[document]]
         first = int(self._start_N[document]) + start
-        return stream[first : first + length + 1].astype(np.int32)
+        ids: NDArray[np.int32] = stream[first : first + length + 1].astype(np.int32)
+        return ids
 
     def document(self, document: int) -> NDArray[np.int32]:
         """The whole document between its two end-of-text tokens, both included."""
@@ -202,7 +202,7 @@ class _Writer:
             "files": self.files,
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (self._workplace / "manifest.json").write_text(text, encoding="utf-8")
+        (self._workplace / NAME).write_text(text, encoding="utf-8")
 
     def _write(self, name: str, array: NDArray[Any]) -> list[tuple[str, str | int]]:
         data = array.tobytes()
