@@ -22,7 +22,7 @@ from fledge.recipes.card_curves import Steps, curves, read_metrics, thin_curve
 from fledge.recipes.card_lineage import LineageNode, read_lineage
 from fledge.recipes.card_ring import Centre, Stop, Theme, ring_svg
 from fledge.recipes.card_stages import STAGES, UNCHARTED, StageKind, kind_of
-from fledge.recipes.report import Answer, Claim, Licence, Sample, StageReport, read_report
+from fledge.recipes.report import Answer, Claim, Fact, Licence, Sample, StageReport, read_report
 from fledge.recipes.runs import Cost, read_manifest
 from fledge.train.metrics import FLOPS_FORMULA, MFU_FORMULA
 
@@ -90,7 +90,7 @@ def build_card(run: Path) -> Card:
     for a report, manifest or metrics file that is damaged."""
     plan = _plan(run)
     metrics = read_metrics(run / "metrics.jsonl")
-    stages = tuple(_section(run, kind, metrics.get(kind.name, {})) for kind in _kinds(run))
+    stages = tuple(_section(run, kind, metrics.get(kind.name, {}), plan) for kind in _kinds(run))
     reports = [stage.report for stage in stages]
     counts = {report.stage: report.parameters for report in reports if report.parameters is not None}
     return Card(
@@ -134,14 +134,14 @@ def _kinds(run: Path) -> list[StageKind]:
     return [*STAGES, *(kind_of(name) for name in others)]
 
 
-def _section(run: Path, kind: StageKind, steps: Steps) -> StageSection:
+def _section(run: Path, kind: StageKind, steps: Steps, plan: Any) -> StageSection:
     folder = run / kind.name
     manifest = read_manifest(folder)
     has_report = manifest is not None and (folder / "report.json").is_file()
     report = read_report(folder / "report.json") if has_report else StageReport(kind.name)
     told = {curve.title for curve in report.curves}
     skip = frozenset(UNCHARTED) | {name for name in steps if name.startswith("count/")}
-    logged = tuple(curve for curve in curves(steps, kind.charts, skip) if curve.title not in told)
+    logged = tuple(curve for curve in curves(steps, kind.charts, skip, plan) if curve.title not in told)
     report = replace(report, curves=(*(thin_curve(curve) for curve in report.curves), *logged))
     if manifest is None:
         state: State = "unfinished" if folder.is_dir() else "not run"
@@ -206,7 +206,7 @@ def _centre(card: Card) -> Centre:
 
 
 def _stops(card: Card) -> list[Stop]:
-    """One stop for each place in the ring; a stage that shares a place adds its cost, and its figure to the unit."""
+    """One stop for each place in the ring; a stage that shares a place adds its cost, and its headline as a line."""
     places = {kind.name: kind.part_of for kind in STAGES}
     stops = []
     for stage in card.stages:
@@ -214,23 +214,21 @@ def _stops(card: Card) -> list[Stop]:
             continue
         guests = [other for other in card.stages if places.get(other.name) == stage.name]
         seconds = sum(s.cost.seconds for s in (stage, *guests) if s.cost is not None)
-        headline = stage.report.headline
-        figure, unit = (
-            ("", "") if headline is None else (say.fact(headline), _unit(headline.label, headline.unit))
+        headline = stage.report.headline or Fact("", None)
+        lines = (
+            _cost_line(stage, seconds),
+            *(_guest_line(g) for g in guests if g.report.headline is not None),
         )
-        for guest in guests:
-            if guest.report.headline is not None:
-                told = guest.report.headline
-                percent = " %" if told.unit.startswith("%") else ""
-                unit += f" · {guest.title.lower()} {say.fact(told)}{percent}"
         has_run = stage.state == "finished"
-        figure = figure if has_run else say.NOTHING
-        stops.append(Stop(stage.title, figure, unit, _cost_line(stage, seconds), seconds, has_run))
+        stops.append(
+            Stop(stage.title, headline.label, say.fact(headline), headline.unit, lines, seconds, has_run)
+        )
     return stops
 
 
-def _unit(label: str, unit: str) -> str:
-    return f"{unit} {label}".strip() if unit.startswith("%") else f"{unit or label}"
+def _guest_line(guest: StageSection) -> str:
+    headline = guest.report.headline or Fact("", None)
+    return f"{guest.title.lower()} {say.fact(headline)} {headline.unit}".rstrip()
 
 
 def _cost_line(stage: StageSection, seconds: float) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fledge.errors import RunError
-from fledge.recipes.report import Curve, Series
+from fledge.recipes.report import Curve, Reference, Series
 
 MAX_POINTS = 400  # twice the width of a chart in pixels shows no more than this
 SMOOTH_FROM = 40  # shorter series are drawn as they are
@@ -25,12 +25,17 @@ SMOOTH_FROM = 40  # shorter series are drawn as they are
 
 @dataclass(frozen=True)
 class Chart:
-    """Which metrics share one chart: `metrics` maps the name in the file to the name of the line."""
+    """Which metrics share one chart: `metrics` maps the name in the file to the name of the line.
+
+    `target` is the dotted path, in the plan, of a value to draw as a reference.
+    """
 
     title: str
     y_label: str
     metrics: Mapping[str, str]
     zoom: bool = False
+    minor: bool = False
+    target: str | None = None
 
 
 Steps = dict[str, list[tuple[float, float | None]]]  # metric -> (step, value) in order of step
@@ -55,7 +60,7 @@ def read_metrics(path: Path) -> dict[str, Steps]:
     }
 
 
-def curves(steps: Steps, charts: Sequence[Chart], skip: frozenset[str]) -> tuple[Curve, ...]:
+def curves(steps: Steps, charts: Sequence[Chart], skip: frozenset[str], plan: Any) -> tuple[Curve, ...]:
     """The charts of one stage, the known first; metrics in `skip` are left to others."""
     left = {name: points for name, points in steps.items() if name not in skip and len(points) > 1}
     made = []
@@ -63,11 +68,17 @@ def curves(steps: Steps, charts: Sequence[Chart], skip: frozenset[str]) -> tuple
         lines = [(label, left.pop(name)) for name, label in chart.metrics.items() if name in left]
         if lines:
             series = tuple(thin(_series(label, points)) for label, points in lines)
-            made.append(Curve(chart.title, "step", chart.y_label, series, zoom=chart.zoom))
+            made.append(_curve(chart, series, plan))
     for name in sorted(left):
         title = name.replace("_", " ").replace("/", " · ")
-        made.append(Curve(title, "step", "", (thin(_series(name, left[name])),)))
+        made.append(Curve(title, "step", "", (thin(_series(name, left[name])),), minor=True))
     return tuple(made)
+
+
+def _curve(chart: Chart, series: tuple[Series, ...], plan: Any) -> Curve:
+    target = None if chart.target is None else _look_up(plan, chart.target)
+    references = () if target is None else (Reference("target", target),)
+    return Curve(chart.title, "step", chart.y_label, series, references, zoom=chart.zoom, minor=chart.minor)
 
 
 def thin_curve(curve: Curve) -> Curve:
@@ -91,6 +102,13 @@ def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
     )
 
 
+def _look_up(plan: Any, path: str) -> float | None:
+    """The number at a dotted path of the plan, if there is one."""
+    for key in path.split("."):
+        plan = plan.get(key) if isinstance(plan, dict) else None
+    return float(plan) if isinstance(plan, int | float) else None
+
+
 def _series(name: str, points: Sequence[tuple[float, float | None]]) -> Series:
     return Series(name, tuple(x for x, _ in points), tuple(y for _, y in points))
 
@@ -112,8 +130,9 @@ def _centred_mean(values: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, 
     totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(len(values))
-    reach = np.minimum(window // 2, np.minimum(at, len(values) - 1 - at))
-    first, last = at - reach, at + reach + 1
+    # Near an end the window shrinks so that it stays centred, but not below a third: a trend may lean, not jump.
+    reach = np.clip(np.minimum(at, len(values) - 1 - at), window // 6, window // 2)
+    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
     found = counts[last] - counts[first]
     means = (totals[last] - totals[first]) / np.maximum(found, 1)
     return np.where((found > 0) & known, means, math.nan)

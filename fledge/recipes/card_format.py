@@ -102,10 +102,14 @@ def fact(value: Fact) -> str:
         return NOTHING
     if isinstance(value.value, str):
         return value.value
-    if value.unit.startswith("%"):
+    if value.unit == "%":
         return percent(value.value)
+    if abs(value.value) >= 10**5:
+        return count(value.value)
     return (
-        count(value.value) if isinstance(value.value, int) and value.value >= 10**5 else figure(value.value)
+        figure(value.value)
+        if isinstance(value.value, int)
+        else _trimmed(value.value, decimals_for([value.value]))
     )
 
 
@@ -116,13 +120,14 @@ def column(cells: Sequence[Cell], title: str) -> list[str]:
     floats = [
         n for cell, n in zip(cells, numbers, strict=True) if n is not None and not isinstance(cell, int)
     ]
-    decimals = 1 if share else decimals_for(floats)
+    whole = all(float(value).is_integer() for value in floats)
+    decimals = 1 if share else 0 if whole else decimals_for(floats)
     return [_cell(cell, share, decimals) for cell in cells]
 
 
 def against(claim: Claim) -> tuple[str, str]:
     """(value, threshold) as text, with as many digits as it takes to see on which side the value lies."""
-    scale = 100.0 if claim.unit.startswith("%") else 1.0
+    scale = 100.0 if claim.unit == "%" else 1.0
     threshold = claim.threshold * scale
     if claim.value is None:
         return "not measured", _trimmed(threshold, 6)

@@ -7,7 +7,7 @@ and the evaluation. An edge is drawn only where the hash that the child names is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fledge.config import config_hash
@@ -22,11 +22,15 @@ _COLUMN, _NODE_WIDTH, _NODE_HEIGHT, _ROW = 126.0, 104.0, 54.0, 78.0
 
 @dataclass(frozen=True)
 class LineageParent:
-    """`role` is what the parent was to the child; `node` is None if no artifact of this run has `sha256`."""
+    """`role` is what the parent was to the child; `node` is None if no artifact of this run has `sha256`.
+
+    `declared`: the child's own checkpoint names it; otherwise its stage's manifest does.
+    """
 
     role: str
     sha256: str
     node: str | None
+    declared: bool
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,11 @@ class LineageNode:
 
 @dataclass(frozen=True)
 class _Found:
-    """An artifact before its parents are looked up: `wants` maps a role to the hash it names."""
+    """An artifact before its parents are looked up: the hashes by role that it, and its stage's manifest, name."""
 
     node: LineageNode
-    wants: Mapping[str, str]
+    declared: Mapping[str, str]
+    listed: Mapping[str, str]
 
 
 def read_lineage(run: Path) -> tuple[LineageNode, ...]:
@@ -54,7 +59,7 @@ def read_lineage(run: Path) -> tuple[LineageNode, ...]:
     manifests = {path.name: manifest for path in _stage_folders(run) if (manifest := read_manifest(path))}
     found: list[_Found] = []
     for stage in sorted(manifests, key=_order):
-        checkpoints = _checkpoints(run, stage)
+        checkpoints = _checkpoints(run, stage, manifests[stage])
         found += checkpoints or [_plain(stage, manifests[stage])]
     holders = {item.node.sha256: item.node.id for item in found}
     holders |= {config_hash(m.outputs): _representative(found, stage) for stage, m in manifests.items()}
@@ -62,11 +67,12 @@ def read_lineage(run: Path) -> tuple[LineageNode, ...]:
 
 
 def lineage_svg(nodes: Sequence[LineageNode]) -> str:
-    """The graph from left to right. An edge from the corpus or the tokenizer is left out
-    where a longer path says the same."""
+    """The graph from left to right. What a manifest lists is left out where a
+    longer path implies it."""
     if not nodes:
         return ""
     depth = _depths(nodes)
+    ancestors = _ancestors(nodes, depth)
     columns: dict[int, list[LineageNode]] = {}
     for node in nodes:
         columns.setdefault(depth[node.id], []).append(node)
@@ -78,7 +84,7 @@ def lineage_svg(nodes: Sequence[LineageNode]) -> str:
         for row, node in enumerate(members):
             y = height / 2 + (row - (len(members) - 1) / 2) * _ROW
             places[node.id] = (4 + column * _COLUMN, y)
-    body = [_edge(node, parent, places) for node in nodes for parent in _drawn(node, depth)]
+    body = [_edge(node, parent, places) for node in nodes for parent in _drawn(node, ancestors)]
     body += [_box(node, places[node.id]) for node in nodes]
     told = "; ".join(f"{n.title} {n.sha256[:12]}" for n in nodes)
     return (
@@ -96,7 +102,7 @@ def _order(stage: str) -> int:
     return names.index(stage) if stage in names else len(names)
 
 
-def _checkpoints(run: Path, stage: str) -> list[_Found]:
+def _checkpoints(run: Path, stage: str, manifest: Manifest) -> list[_Found]:
     """Every checkpoint below a stage's folder, `model` first; training states are no checkpoints."""
     folders = sorted(
         (path.parent for path in (run / stage).glob("**/run.json")), key=lambda p: (p.name != "model", p)
@@ -107,7 +113,8 @@ def _checkpoints(run: Path, stage: str) -> list[_Found]:
         name = kind_of(stage).title if folder.name == "model" else f"{kind_of(stage).title} {folder.name}"
         node_id = str(folder.relative_to(run))
         node = LineageNode(node_id, name, stage, "weights", files["model.safetensors"], ())
-        found.append(_Found(node, {"tokenizer": info.tokenizer_hash, **info.parents}))
+        listed = manifest.inputs if folder.name == "model" else {}
+        found.append(_Found(node, {"tokenizer": info.tokenizer_hash, **info.parents}, listed))
     return found
 
 
@@ -115,7 +122,7 @@ def _plain(stage: str, manifest: Manifest) -> _Found:
     """A stage without weights: the tokenizer by its file, others by the hash over all their files."""
     file_hash = manifest.outputs.get("tokenizer.json")
     kind, sha256 = ("file", file_hash) if file_hash else ("files", config_hash(manifest.outputs))
-    return _Found(LineageNode(stage, kind_of(stage).title, stage, kind, sha256, ()), manifest.inputs)
+    return _Found(LineageNode(stage, kind_of(stage).title, stage, kind, sha256, ()), {}, manifest.inputs)
 
 
 def _representative(found: Sequence[_Found], stage: str) -> str:
@@ -123,13 +130,12 @@ def _representative(found: Sequence[_Found], stage: str) -> str:
 
 
 def _resolved(item: _Found, holders: Mapping[str, str]) -> LineageNode:
-    parents = tuple(
-        LineageParent(role, sha256, holders.get(sha256))
-        for role, sha256 in item.wants.items()
-        if holders.get(sha256) != item.node.id
-    )
-    node = item.node
-    return LineageNode(node.id, node.title, node.stage, node.kind, node.sha256, parents)
+    """The node with its parents; what a manifest lists counts only where the checkpoint does not name it itself."""
+    declared = [LineageParent(role, sha, holders.get(sha), True) for role, sha in item.declared.items()]
+    known = {parent.node for parent in declared}
+    listed = [LineageParent(role, sha, holders.get(sha), False) for role, sha in item.listed.items()]
+    parents = (*declared, *(parent for parent in listed if parent.node is None or parent.node not in known))
+    return replace(item.node, parents=tuple(parent for parent in parents if parent.node != item.node.id))
 
 
 def _depths(nodes: Sequence[LineageNode]) -> dict[str, int]:
@@ -148,17 +154,29 @@ def _depths(nodes: Sequence[LineageNode]) -> dict[str, int]:
     return known
 
 
-def _drawn(node: LineageNode, depth: Mapping[str, int]) -> list[LineageParent]:
-    """The parents worth an edge: one for each parent node, and no shortcut from corpus or tokenizer."""
+def _ancestors(nodes: Sequence[LineageNode], depth: Mapping[str, int]) -> dict[str, frozenset[str]]:
+    """Everything each node comes from, itself excluded."""
+    known: dict[str, frozenset[str]] = {}
+    for node in sorted(nodes, key=lambda node: depth[node.id]):
+        above = [parent.node for parent in node.parents if parent.node is not None]
+        known[node.id] = frozenset(above).union(*(known[name] for name in above))
+    return known
+
+
+def _drawn(node: LineageNode, ancestors: Mapping[str, frozenset[str]]) -> list[LineageParent]:
+    """The parents worth an edge: those a checkpoint names, and of the rest those that no other parent implies.
+
+    Every checkpoint names its tokenizer; that counts among the rest.
+    """
     kept: dict[str, LineageParent] = {}
-    for parent in node.parents:
-        if parent.node is None:
+    parents = [parent for parent in node.parents if parent.node is not None]
+    for parent in parents:
+        assert parent.node is not None
+        is_implied = any(parent.node in ancestors[other.node] for other in parents if other.node is not None)
+        if is_implied and (not parent.declared or parent.role == "tokenizer"):
             continue
-        is_shortcut = depth[node.id] - depth[parent.node] > 1
-        if not (is_shortcut and parent.node in ("corpus", "tokenizer")):
-            earlier = kept.get(parent.node)
-            role = f"{earlier.role}, {parent.role}" if earlier else parent.role
-            kept[parent.node] = LineageParent(role, parent.sha256, parent.node)
+        earlier = kept.get(parent.node)
+        kept[parent.node] = replace(parent, role=f"{earlier.role}, {parent.role}") if earlier else parent
     return list(kept.values())
 
 
@@ -168,9 +186,11 @@ def _edge(node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[f
     end_x, end_y = places[node.id]
     start_x += _NODE_WIDTH
     bend = max(14.0, (end_x - start_x) / 2)
+    # A long edge along one row would run through the boxes between: it goes below them.
+    bow = 0.0 if end_x - start_x < _COLUMN or abs(end_y - start_y) > 1 else _NODE_HEIGHT
     path = (
-        f"M{number(start_x)} {number(start_y)}C{number(start_x + bend)} {number(start_y)} "
-        f"{number(end_x - bend)} {number(end_y)} {number(end_x - 1)} {number(end_y)}"
+        f"M{number(start_x)} {number(start_y)}C{number(start_x + bend)} {number(start_y + bow)} "
+        f"{number(end_x - bend)} {number(end_y + bow)} {number(end_x - 1)} {number(end_y)}"
     )
     title = f"{parent.role}: {parent.sha256}"
     return f'<path class="edge" d="{path}"><title>{text(title)}</title></path>'

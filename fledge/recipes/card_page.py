@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -113,13 +112,15 @@ def _column(cells: Sequence[Cell], title: str) -> list[CellView]:
 
 
 def _numbers(stages: Sequence[StageSection]) -> list[str]:
-    """The place of each stage in the ring ("6"), a guest's with a letter ("6b"), none for a stage outside it."""
-    places: list[Any] = [kind.name for kind in STAGES if kind.part_of is None]
+    """The place of each stage in the ring ("6"), that of its guests with a letter ("6a"), "+" outside the ring."""
+    places = [kind.name for kind in STAGES if kind.part_of is None]
+    guests: dict[str, int] = {}
     numbers = []
     for stage in stages:
-        part_of = kind_of(stage.name).part_of
-        if part_of is not None:
-            numbers.append(f"{places.index(part_of) + 1}b")
+        host = kind_of(stage.name).part_of
+        if host is not None:
+            numbers.append(f"{places.index(host) + 1}{'abcdef'[guests.get(host, 0)]}")
+            guests[host] = guests.get(host, 0) + 1
         else:
             numbers.append(str(places.index(stage.name) + 1) if stage.name in places else "+")
     return numbers

@@ -37,12 +37,13 @@ _BAND_RADIUS, _BAND_THICK = 148.0, 7.0
 
 @dataclass(frozen=True)
 class Stop:
-    """One stage in the ring. `figure` and `unit` are its headline, `cost` one short line; `has_run` fills it in."""
+    """One stage in the ring. `label`, `figure` and `unit` are its headline; `lines` (cost first) stand below it."""
 
     title: str
+    label: str
     figure: str
     unit: str
-    cost: str
+    lines: tuple[str, ...]
     seconds: float
     has_run: bool
 
@@ -67,7 +68,7 @@ def ring_svg(centre: Centre, stops: Sequence[Stop], *, theme: Theme = "auto", la
     body.append(_middle(middle, centre))
     if labelled:
         body += [_label(middle, index, len(stops), stop) for index, stop in enumerate(stops)]
-    told = "; ".join(f"{stop.title}: {stop.figure} {stop.unit}".rstrip() for stop in stops)
+    told = "; ".join(f"{stop.title}: {stop.label} {stop.figure} {stop.unit}".rstrip() for stop in stops)
     return (
         f'<svg class="ring" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {number(width)} {number(height)}" '
         f'role="img" aria-label="{text(f"The ring of {centre.title}. {told}")}">'
@@ -181,12 +182,18 @@ def _label(middle: tuple[float, float], index: int, count: int, stop: Stop) -> s
     room = ((2 * middle[0] - x) if side > 0 else x) - 16
     shown = say.shorten(stop.figure, max(4.0, room / 25))
     unit = say.shorten(stop.unit, max(2.0, (room - 25 * say.columns_wide(shown)) / 14))
+    label = say.shorten(stop.label, max(0.0, (room - 17 * say.columns_wide(stop.title) - 8) / 14))
+    below = [
+        f'<text class="r-quiet" {at} y="{number(y + 30 + 19 * row)}">{_cut(line, room / 14)}</text>'
+        for row, line in enumerate(stop.lines)
+    ]
     return (
         f'<path class="r-leader" d="M{near}L{elbow}L{number(x)} {number(y)}"/>'
-        f'<text class="r-title" {at} y="{number(y - 18)}">{_cut(stop.title, room / 16)}</text>'
+        f'<text class="r-title" {at} y="{number(y - 18)}">{text(stop.title)}'
+        f'<tspan class="r-unit" dx="8">{text(label)}</tspan></text>'
         f'<text class="r-figure" {at} y="{number(y + 9)}">{text(shown)}'
         f'<tspan class="r-unit" dx="6">{text(unit)}</tspan></text>'
-        f'<text class="r-quiet" {at} y="{number(y + 30)}">{_cut(stop.cost, room / 14)}</text>'
+        f"{''.join(below)}"
     )
 
 

@@ -34,9 +34,15 @@ ACCURACY = Chart(
     "Next token guessed right", "share", {"accuracy": "training", "validation_accuracy": "validation"}
 )
 UPKEEP = (
-    Chart("Gradient norm", "norm before clipping", {"grad_norm": "gradient norm"}, zoom=True),
-    Chart("Learning rate", "factor of its peak", {"lr_scale": "learning rate"}),
-    Chart("Speed", "tokens a second", {"tokens_per_second": "tokens a second"}),
+    Chart(
+        "Gradient norm",
+        "norm before clipping",
+        {"grad_norm": "policy", "value_grad_norm": "value"},
+        zoom=True,
+        minor=True,
+    ),
+    Chart("Learning rate", "factor of its peak", {"lr_scale": "learning rate"}, minor=True),
+    Chart("Speed", "tokens a second", {"tokens_per_second": "tokens a second"}, minor=True),
 )
 LANGUAGE = (LOSS, BITS, ACCURACY, *UPKEEP)
 RANKING = (
@@ -51,29 +57,34 @@ RANKING = (
 )
 POLICY = (
     Chart(
-        "Reward", "reward-model score", {"score": "score", "score_mean": "score", "reward": "score minus KL"}
+        "Reward",
+        "reward-model score",
+        {
+            "score_mean": "score",
+            "shaped_score_mean": "after shaping",
+            "episode_reward": "with the KL penalty",
+        },
     ),
-    Chart(
-        "Gold judge, never trained against", "gold score", {"gold_score": "gold score", "gold": "gold score"}
-    ),
-    Chart("KL to the SFT model", "nats an answer", {"kl": "KL", "kl_target": "target"}),
-    Chart("Strength of the KL penalty", "β", {"kl_coefficient": "β", "beta": "β"}),
+    Chart("Gold judge, never trained against", "gold score", {"gold_score": "gold score"}),
+    Chart("KL to the SFT model", "nats an answer", {"kl": "KL"}, target="ppo.kl.target"),
+    Chart("Price of KL", "β", {"beta": "β"}),
     Chart("Entropy", "nats a token", {"entropy": "entropy"}),
-    Chart("Length of an answer", "tokens", {"response_length": "length", "length": "length"}),
-    Chart("Answers that end", "share", {"end_rate": "end rate", "eos_rate": "end rate", "ended": "end rate"}),
+    Chart("Length of an answer", "tokens", {"response_length": "length"}),
+    Chart("Answers that end", "share", {"end_rate": "end rate"}),
     Chart(
         "Policy and value loss",
         "loss",
         {"loss/policy": "policy", "loss/value": "value"},
+        minor=True,
     ),
-    Chart("Value explained", "explained variance", {"explained_variance": "explained variance"}),
-    Chart("Ratios clipped", "share", {"clip_fraction": "policy", "value_clip_fraction": "value"}),
+    Chart("Value explained", "explained variance", {"explained_variance": "explained variance"}, minor=True),
+    Chart("Ratios clipped", "share", {"clip_fraction": "policy", "value_clip_fraction": "value"}, minor=True),
     *UPKEEP,
 )
 
 
 # What a step also logs but no chart needs: totals that the cost table has, and the sum of charted losses.
-UNCHARTED = ("loss", "step_seconds", "seconds", "tokens", "flops", "num_steps", "time")
+UNCHARTED = ("loss", "step_seconds", "seconds", "tokens", "flops", "num_steps", "round", "time")
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ STAGES = (
     StageKind(
         "sft", "Supervised fine-tuning", "It learns to answer, from conversations between people.", LANGUAGE
     ),
+    StageKind("rankings", "Rankings", "Answers of people and of earlier stages, ranked.", (), "reward"),
     StageKind("reward", "Reward model", "A copy learns to rank answers as people would.", RANKING),
     StageKind(
         "gold",

@@ -19,6 +19,7 @@ from fledge.recipes.report import Bars, Curve, Interval, Reference, Series
 WIDTH = 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 10.0, 34.0
 _HEIGHT = 220.0
+_BAR_FONT = 13.0  # a little wider than it is, since `columns_wide` knows no capitals
 NUM_COLOURS = 6
 
 
@@ -58,7 +59,7 @@ def number(value: float) -> str:
 
 
 def line_chart(curve: Curve) -> str:
-    """`curve` as one `<svg>`; an empty one says so. Values beyond a zoomed axis are cut at its edge."""
+    """`curve` as one `<svg>`; an empty one says so. Lines leave a zoomed chart through its top."""
     points = [(x, y) for s in curve.series for x, y in zip(s.x, s.y, strict=True) if y is not None]
     if not points:
         return _nothing(curve.title)
@@ -68,8 +69,9 @@ def line_chart(curve: Curve) -> str:
     body += [
         _reference(reference, y_axis) for reference in curve.references if _inside(reference.value, y_axis)
     ]
-    for index, series in enumerate(curve.series):
-        body.append(_line(series, x_axis, y_axis, index % NUM_COLOURS))
+    box = f'x="0" y="0" width="{number(WIDTH)}" height="{number(y_axis.start)}"'
+    lines = [_line(series, x_axis, y_axis, i % NUM_COLOURS) for i, series in enumerate(curve.series)]
+    body.append(f"<svg {box}>{''.join(lines)}</svg>")  # an inner svg cuts off what lies beyond it
     return _svg(WIDTH, _HEIGHT, _described(curve), body)
 
 
@@ -79,10 +81,10 @@ def bar_chart(bars: Bars) -> str:
     if not shown:
         return _nothing(bars.title)
     names = max((say.columns_wide(name) for name in bars.series), default=0.0)
-    left = min(130.0, 12.0 + 11.0 * names)
+    left = min(140.0, 16.0 + _BAR_FONT * names)
     low, high = min(0.0, *shown), max(0.0, *shown)
     axis = Axis(low, high if high > low else low + 1.0, left, WIDTH - 52.0)
-    decimals = 1 if bars.unit.startswith("%") else min(3, say.decimals_for(shown))
+    decimals = 1 if bars.unit == "%" else min(3, say.decimals_for(shown))
     body: list[str] = []
     y = 4.0
     for group, group_name in enumerate(bars.groups):
@@ -146,11 +148,11 @@ def _axis(values: Sequence[float], start: float, stop: float, padding: float) ->
 
 
 def _visible(curve: Curve) -> list[float]:
-    """The y values that the axis must hold: all of them, or for `zoom` those below three times the later half's
-    spread above its middle, so that the first steps of a loss do not flatten the rest. References count if near."""
+    """The y values that the axis must hold: all of them, or for `zoom` those up to one and a half times the later
+    values' reach above their middle, so that the first steps of a loss do not flatten the rest. References if near."""
     values = [y for s in curve.series for y in s.y if y is not None]
     if curve.zoom and len(values) >= 20:
-        later = sorted(y for s in curve.series for y in s.y[len(s.y) // 5 :] if y is not None)
+        later = sorted(y for s in curve.series for y in s.y[len(s.y) // 8 :] if y is not None)
         middle, low, high = later[len(later) // 2], later[0], later[-1]
         ceiling = middle + 1.5 * max(high - middle, middle - low)
         values = [y for y in values if y <= ceiling] or values
@@ -227,7 +229,7 @@ def _path(xs: Sequence[float], ys: Sequence[float | None], x_axis: Axis, y_axis:
         if y is None:
             pen_down = False
             continue
-        steps.append(f"{'L' if pen_down else 'M'}{number(x_axis(x))} {number(y_axis.clipped(y))}")
+        steps.append(f"{'L' if pen_down else 'M'}{number(x_axis(x))} {number(y_axis(y))}")
         pen_down = True
     return "".join(steps)
 
@@ -239,7 +241,7 @@ def _tone(bars: Bars, index: int) -> str:
 
 
 def _bar(y: float, name: str, value: float | None, axis: Axis, tone: str, unit: str, decimals: int) -> str:
-    room = (axis.start - 10) / 11.0
+    room = (axis.start - 14) / _BAR_FONT
     parts = [_label(axis.start - 8, y + 10.5, say.shorten(name, room), "t-bar", "end")]
     if value is None:
         return parts[0] + _label(axis.start, y + 10.5, say.NOTHING, "t-bar")
@@ -248,7 +250,7 @@ def _bar(y: float, name: str, value: float | None, axis: Axis, tone: str, unit: 
     parts.append(
         f'<rect class="bar {tone}" x="{number(start)}" y="{number(y)}" width="{width}" height="13" rx="2"/>'
     )
-    shown = say.percent(value) + " %" if unit.startswith("%") else say.figure(float(value), decimals)
+    shown = say.percent(value) + " %" if unit == "%" else say.figure(float(value), decimals)
     parts.append(_label(stop + 6, y + 10.5, shown, "t-value"))
     return "".join(parts)
 

@@ -50,7 +50,7 @@ Cell = str | int | float | bool | None | Interval
 
 @dataclass(frozen=True)
 class Fact:
-    """One labelled figure: `Fact("validation", 1.41, "bits per byte")`. Unit "%" wants a fraction."""
+    """One labelled figure: `Fact("validation", 1.41, "bits per byte")`. A fraction under unit "%" reads times 100."""
 
     label: str
     value: str | int | float | None
@@ -117,7 +117,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line chart. `zoom` cuts the y axis to where the lines spend their time (a loss starts far above)."""
+    """A line chart. `zoom` cuts the y axis to where the lines spend their time (a loss starts far above).
+
+    A `minor` one is folded away at first.
+    """
 
     title: str
     x_label: str
@@ -126,11 +129,15 @@ class Curve:
     references: tuple[Reference, ...] = ()
     note: str = ""
     zoom: bool = False
+    minor: bool = False
 
 
 @dataclass(frozen=True)
 class Bars:
-    """Grouped bars: `values[s][g]` is the value of series s in group g; None where there is none."""
+    """Grouped bars: `values[s][g]` is the value of series s in group g; None where there is none.
+
+    With unit "%" the values are fractions.
+    """
 
     title: str
     unit: str
@@ -167,7 +174,7 @@ class Bars:
 class Claim:
     """A figure and the threshold it was meant to meet. `value` None: not measured, hence not reached.
 
-    With unit "%" both are fractions and are printed times 100.
+    With unit "%" (that alone) both are fractions and are printed times 100.
     `reached` is computed; giving another answer than the value does is refused.
     """
 

@@ -29,7 +29,7 @@ from fledge.recipes.report import (
 )
 from fledge.recipes.runs import Cost, Manifest, write_manifest
 
-STAGES = ("corpus", "tokenizer", "pretrain", "code", "sft", "reward", "gold", "ppo", "evaluation")
+STAGES = ("corpus", "tokenizer", "pretrain", "code", "sft", "rankings", "reward", "gold", "ppo", "evaluation")
 SCRIPT = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
 PARENTS = {
@@ -45,8 +45,9 @@ NEEDS = {
     "pretrain": ("corpus", "tokenizer"),
     "code": ("corpus", "tokenizer", "pretrain"),
     "sft": ("tokenizer", "code"),
-    "reward": ("sft", "pretrain"),
-    "gold": ("sft", "pretrain"),
+    "rankings": ("sft", "pretrain"),
+    "reward": ("sft", "rankings"),
+    "gold": ("sft", "rankings"),
     "ppo": ("sft", "reward", "corpus"),
     "evaluation": ("pretrain", "code", "sft", "ppo", "gold"),
 }
@@ -56,6 +57,7 @@ COSTS = {
     "pretrain": Cost(262.0, 3_932_160, 5.9e13, 0.412, 1490 << 20),
     "code": Cost(71.0, 983_040, 1.47e13, 0.405, 1510 << 20),
     "sft": Cost(48.5, 655_360, 9.8e12, 0.39, 1430 << 20),
+    "rankings": Cost(22.0, 120_000, 0.0, None, 1390 << 20),
     "reward": Cost(41.0, 410_000, 6.1e12, 0.31, 1720 << 20),
     "gold": Cost(40.2, 405_000, 6.1e12, 0.31, 1720 << 20),
     "ppo": Cost(133.0, 512_000, 2.2e13, 0.22, 2210 << 20),
@@ -67,7 +69,7 @@ def fake_run(runs: Path, *, stages: tuple[str, ...] = STAGES, prompt: str = "Wha
     """A finished run named `pocket`, of which only `stages` have run."""
     run = runs / "pocket"
     run.mkdir(parents=True)
-    write_json(run / "plan.json", {"recipe": "pocket", "seed": 0, "depth": 4, "model": {"width": 128, "num_layers": 4}})
+    write_json(run / "plan.json", {"recipe": "pocket", "seed": 0, "depth": 4, "ppo": {"kl": {"target": 6.0}}, "model": {"width": 128, "num_layers": 4}})
     _metrics(run, stages)
     digests: dict[str, str] = {}
     for stage in stages:
@@ -123,8 +125,8 @@ def _metrics(run: Path, stages: tuple[str, ...]) -> None:
     for step in range(1, 41 if "ppo" in stages else 1):
         done = 1 - math.exp(-step / 14)
         lines.append({
-            "stage": "ppo", "step": step, "score": -0.1 + 1.5 * done + noise.normal(0, 0.1), "gold_score": -0.05 + 0.8 * done + noise.normal(0, 0.08),
-            "kl": 6 * done + noise.normal(0, 0.4), "kl_target": 6.0, "kl_coefficient": 0.15 + 0.0006 * step, "entropy": 2.6 - 0.5 * done + noise.normal(0, 0.03),
+            "stage": "ppo", "step": step, "score_mean": -0.1 + 1.5 * done + noise.normal(0, 0.1), "gold_score": -0.05 + 0.8 * done + noise.normal(0, 0.08),
+            "kl": 6 * done + noise.normal(0, 0.4), "round": step, "beta": 0.15 + 0.0006 * step, "entropy": 2.6 - 0.5 * done + noise.normal(0, 0.03),
             "response_length": 18 + 5 * done + noise.normal(0, 0.7), "end_rate": min(1.0, 0.78 + 0.2 * done + noise.normal(0, 0.02)),
             "loss/policy": noise.normal(-0.01, 0.004), "loss/value": 0.3 - 0.2 * done, "clip_fraction": 0.08 + noise.normal(0, 0.01),
             "explained_variance": 0.1 + 0.6 * done,
@@ -176,6 +178,7 @@ def _reports(prompt: str) -> dict[str, StageReport]:
             tables=(Table.of("Bits per byte before and after", ["held out", "before", "after", "change"], [["code", 2.021, 1.731, -0.29], ["prose", 1.412, 1.447, 0.035]]),),
         ),
         "sft": StageReport("sft", Fact("answers that end", 0.81, "%"), facts=(Fact("conversations", 6100), Fact("padding", 0.012, "%")), samples=samples),
+        "rankings": StageReport("rankings", Fact("rankings", 2410)),
         "reward": StageReport(
             "reward", Fact("pairs ranked right", 0.734, "%"),
             tables=(Table.of("Accuracy on held-out pairs", ["pair", "pairs", "accuracy % "], [["human over sft", 1210, Interval(0.71, 0.684, 0.736, 0.5)], ["sft over base", 1204, Interval(0.79, 0.767, 0.813, 0.5)], ["length-matched", 402, Interval(0.61, 0.56, 0.66, 0.5)]]),
