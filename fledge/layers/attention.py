@@ -19,6 +19,10 @@ from torch import Tensor
 
 from fledge.errors import UserError
 
+# From this many windows on, attending block by block beats one mask over all positions (window 256, 12 heads of 64, one
+# thread, forward and backward: 67 against 80 ms at 3 windows, 168 against 762 ms at 8; but 50 against 38 ms at 2).
+BANDED_FROM_WINDOWS = 3
+
 
 class Context(Protocol):
     """Everything outside the residual stream that a trunk may ask for."""
@@ -106,9 +110,14 @@ class RowContext:
         bias: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
+        num_positions = q_BTHK.shape[1]
+        if window is not None and window >= num_positions:
+            window = None  # it hides nothing
         if window is None and bias is None:
             return _attend(q_BTHK, k_BTGK, v_BTGK, None, scale, self._dropout)
-        num_positions = q_BTHK.shape[1]
+        if window is not None and bias is None and num_positions >= BANDED_FROM_WINDOWS * window:
+            segments_BT = torch.zeros_like(self.positions_BT)
+            return _attend_banded(q_BTHK, k_BTGK, v_BTGK, segments_BT, window, scale, self._dropout)
         index_T = torch.arange(num_positions, device=q_BTHK.device)
         allowed_TS = _causal(index_T, index_T, window)
         mask = _scores_mask(allowed_TS[None, None], bias, q_BTHK.dtype)
@@ -154,6 +163,9 @@ class SegmentContext:
         bias: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
+        num_positions = q_BTHK.shape[1]
+        if window is not None and bias is None and num_positions >= BANDED_FROM_WINDOWS * window:
+            return _attend_banded(q_BTHK, k_BTGK, v_BTGK, self.segments_BT, window, scale, self._dropout)
         allowed_B1TS = self._allowed_B1TS
         if window is not None:
             allowed_B1TS = (self._same_BTS & _causal(self._index_T, self._index_T, window))[:, None]
@@ -193,3 +205,36 @@ def _attend(
         enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )
     return y_BHTK.transpose(1, 2)
+
+
+def _attend_banded(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    segments_BT: Tensor,
+    window: int,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """Causal attention within a window and a segment, in blocks of `window` positions: time and memory are linear in T.
+
+    A query sees nothing before the block that precedes its own, so every block of W queries meets 2W keys.
+    """
+    num_rows, num_positions = segments_BT.shape
+    filler = -num_positions % window
+    # No segment is numbered -1 or -2: what fills up the last block, and what stands before the first, stay apart.
+    segments_BNW = F.pad(segments_BT, (0, filler), value=-1).unflatten(1, (-1, window))
+    segments_BNS = torch.cat((F.pad(segments_BNW, (0, 0, 1, 0), value=-2)[:, :-1], segments_BNW), dim=2)
+    key_S = torch.arange(-window, window, device=segments_BT.device)
+    allowed_BNWS = (segments_BNW[..., None] == segments_BNS[:, :, None]) & _causal(
+        key_S[window:], key_S, window
+    )
+    q_BNWHK, k_BNWGK, v_BNWGK = (
+        F.pad(x, (0, 0, 0, 0, 0, filler)).unflatten(1, (-1, window)) for x in (q_BTHK, k_BTGK, v_BTGK)
+    )
+    k_BNSGK, v_BNSGK = (
+        torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x), dim=2) for x in (k_BNWGK, v_BNWGK)
+    )
+    q_NWHK, k_NSGK, v_NSGK = (x.flatten(0, 1) for x in (q_BNWHK, k_BNSGK, v_BNSGK))
+    y_NWHK = _attend(q_NWHK, k_NSGK, v_NSGK, allowed_BNWS.flatten(0, 1)[:, None], scale, dropout)
+    return y_NWHK.reshape(num_rows, -1, *y_NWHK.shape[2:])[:, :num_positions]

@@ -93,7 +93,9 @@ def test_logits_of_their_directory_equal_theirs(name: str, tmp_path: Path) -> No
     _, ours = load_huggingface(tmp_path / "theirs")
     tokens_BT = some_tokens(ours.vocab_size)
     with torch.no_grad():
-        torch.testing.assert_close(our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -103,7 +105,9 @@ def test_logits_of_our_directory_are_the_same_in_transformers(name: str, tmp_pat
         for parameter in ours.parameters():
             parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     save_huggingface(name.split("-")[0].rstrip("123"), ours, tmp_path / "ours")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens_BT = some_tokens(ours.vocab_size)
     with torch.no_grad():
@@ -139,7 +143,9 @@ def test_shards_that_they_wrote_are_read(shard: str, tmp_path: Path) -> None:
     _, ours = load_huggingface(tmp_path / "theirs")
     tokens_BT = some_tokens(ours.vocab_size)
     with torch.no_grad():
-        torch.testing.assert_close(our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_our_shards_are_read_by_transformers(tmp_path: Path) -> None:
@@ -170,7 +176,9 @@ def test_half_files_are_cast_to_what_is_asked(dtype: torch.dtype, tmp_path: Path
 
 def test_half_files_of_ours_are_half_and_say_so(tmp_path: Path) -> None:
     save_huggingface("gpt", OURS["gpt2"], tmp_path / "half", dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "half/model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half/model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -234,7 +242,10 @@ def test_a_config_that_does_not_fit_is_refused_by_name(
         ({"transformer.ln_f.bias": None}, "1 missing weight.*ln_f.bias"),
         ({"score.weight": torch.ones(2, 2)}, "1 unexpected weight.*score.weight"),
         ({"transformer.ln_f.bias": torch.ones(35)}, r"ln_f.bias' is of shape \(35,\)"),
-        ({"transformer.ln_f.bias": torch.full((36,), float("nan"))}, "ln_f.bias' holds infinite or undefined"),
+        (
+            {"transformer.ln_f.bias": torch.full((36,), float("nan"))},
+            "ln_f.bias' holds infinite or undefined",
+        ),
         ({"transformer.ln_f.bias": torch.ones(36, dtype=torch.int8)}, "ln_f.bias' is of type torch.int8"),
         ({"lm_head.weight": torch.ones(97, 36)}, "ties the head to the embedding, but they differ"),
     ],
@@ -291,7 +302,11 @@ def test_an_existing_directory_is_not_overwritten(gpt2_directory: Path) -> None:
 
 def test_token_ids_and_companions_are_written_beside_the_weights(tmp_path: Path) -> None:
     save_huggingface(
-        "gpt", OURS["gpt2"], tmp_path / "out", token_ids={"eos_token_id": 0}, companions={"tokenizer.json": "{}"}
+        "gpt",
+        OURS["gpt2"],
+        tmp_path / "out",
+        token_ids={"eos_token_id": 0},
+        companions={"tokenizer.json": "{}"},
     )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["eos_token_id"], config["pad_token_id"]) == (0, None)
