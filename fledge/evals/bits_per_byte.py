@@ -7,14 +7,12 @@ the text in UTF-8. Source of the unit: Gao et al. 2020 (The Pile), section 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fledge.errors import DataError
-from fledge.evals.scorer import Scorer
+from fledge.evals.scorer import Scorer, TextEncoder
 from fledge.types import Metrics
-
-Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ class _Sums:
 def evaluate(
     scorer: Scorer,
     documents: Mapping[str, Sequence[str]],
-    encode_batch: Encode,
-    end_of_text_id: int,
+    tokenizer: TextEncoder,
     *,
     code_sources: Collection[str] = (),
     limit: int | None = None,
@@ -60,10 +57,7 @@ def evaluate(
     unknown = set(code_sources) - set(documents)
     if unknown:
         raise ValueError(f"code_sources names {sorted(unknown)}, the documents are of {sorted(documents)}")
-    by_source = {
-        source: _sums(scorer, texts[:limit], encode_batch, end_of_text_id)
-        for source, texts in documents.items()
-    }
+    by_source = {source: _sums(scorer, texts[:limit], tokenizer) for source, texts in documents.items()}
     by_source = {source: sums for source, sums in by_source.items() if sums.num_bytes}
     if not by_source:
         raise DataError("no text to measure bits per byte on; every document is empty")
@@ -79,11 +73,12 @@ def evaluate(
     return metrics
 
 
-def _sums(scorer: Scorer, texts: Sequence[str], encode_batch: Encode, end_of_text_id: int) -> _Sums:
+def _sums(scorer: Scorer, texts: Sequence[str], tokenizer: TextEncoder) -> _Sums:
     texts = [text for text in texts if text]
     if not texts:
         return _Sums()
-    sequences = [[end_of_text_id, *ids, end_of_text_id] for ids in encode_batch(texts)]
+    end = tokenizer.end_of_text_id
+    sequences = [[end, *ids, end] for ids in tokenizer.encode_batch(texts)]
     nats = math.fsum(-float(logprobs.sum()) for logprobs in scorer.logprobs(sequences))
     num_bytes = sum(len(text.encode("utf-8")) for text in texts)
     return _Sums(nats / math.log(2), num_bytes, len(texts), sum(len(ids) - 1 for ids in sequences))

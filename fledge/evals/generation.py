@@ -71,9 +71,9 @@ def kl_estimates(policy: Sequence[Floats], reference: Sequence[Floats]) -> Metri
     exp(-delta) - 1 + delta; unbiased, never negative) in nats a token; `kl_k1_answer` and `kl_k3_answer` in nats
     an answer.
     """
-    delta = np.concatenate([np.asarray(p) - np.asarray(r) for p, r in zip(policy, reference, strict=True)])
-    if not len(delta):
+    if not sum(map(len, policy)):
         raise DataError("no answer holds a token; there is nothing to estimate KL from")
+    delta = np.concatenate([np.asarray(p) - np.asarray(r) for p, r in zip(policy, reference, strict=True)])
     clamped = np.clip(delta, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     sums = {"kl_k1": float(delta.sum()), "kl_k3": float((np.exp(-clamped) - 1 + clamped).sum())}
     per_token = {name: total / len(delta) for name, total in sums.items()}
@@ -83,7 +83,10 @@ def kl_estimates(policy: Sequence[Floats], reference: Sequence[Floats]) -> Metri
 def evaluate_kl(
     policy: Scorer, reference: Scorer, prompts: Sequence[Tokens], completions: Sequence[Completion]
 ) -> Metrics:
-    """`kl_estimates` over `completions` drawn by `policy` after `prompts`; both models score the very ids drawn."""
+    """`kl_estimates` over `completions` drawn by `policy` after `prompts`; both models score the very ids drawn.
+
+    Answers without a token are left out.
+    """
     pairs = [(p, c.ids) for p, c in zip(prompts, completions, strict=True) if c.ids]
     sequences = [[*prompt, *ids] for prompt, ids in pairs]
     starts = [len(prompt) for prompt, _ in pairs]

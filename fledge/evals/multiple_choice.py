@@ -7,8 +7,9 @@ here, in plain text and not as a conversation, so that base and chat models read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -16,17 +17,19 @@ from numpy.typing import NDArray
 
 from fledge.errors import DataError
 from fledge.evals.bootstrap import bootstrap_mean
-from fledge.evals.scorer import Scorer
+from fledge.evals.scorer import Scorer, TextEncoder
 from fledge.types import Metrics
 
-Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 Floats = NDArray[np.float64]
 
 SHOT_SEPARATOR = "\n\n"
 
 
 class Question(Protocol):
-    """A question with its choices; `answer` is the index of the right one."""
+    """A question with its choices; `answer` is the index of the right one, `context` a passage to read or empty."""
+
+    @property
+    def context(self) -> str: ...
 
     @property
     def question(self) -> str: ...
@@ -51,8 +54,7 @@ def evaluate(
     scorer: Scorer,
     questions: Sequence[Question],
     shots: Sequence[Question],
-    encode_batch: Encode,
-    end_of_text_id: int,
+    tokenizer: TextEncoder,
     *,
     num_shots: int,
     seed: int,
@@ -70,9 +72,7 @@ def evaluate(
     contexts = [
         _context(question, _draw(question, shots, num_shots, [seed, number])) for number, question in chosen
     ]
-    items = _tokenize(
-        contexts, [question for _, question in chosen], encode_batch, end_of_text_id, scorer.row_length
-    )
+    items = _tokenize(contexts, [question for _, question in chosen], tokenizer, scorer.row_length)
     totals = scorer.logprobs(
         [sequence for item in items for sequence in item.sequences],
         [item.first for item in items for _ in item.sequences],
@@ -98,7 +98,9 @@ def evaluate(
 
 def render(question: Question) -> str:
     """A question as the model reads it, up to where the answer begins (which opens with a space)."""
-    return f"Question: {question.question.strip()}\nAnswer:"
+    asked = f"Question: {question.question.strip()}\nAnswer:"
+    passage = question.context.strip()
+    return f"{passage}\n{asked}" if passage else asked
 
 
 def _context(question: Question, shots: Sequence[Question]) -> str:
@@ -119,27 +121,31 @@ def _draw(question: Question, shots: Sequence[Question], num_shots: int, seed: l
     if num_shots == 0:
         return []
     order = np.random.default_rng(seed).permutation(len(shots))
-    drawn = [shots[index] for index in order[: num_shots + 1] if shots[index].question != question.question]
+    others = (shots[index] for index in order if _key(shots[index]) != _key(question))
+    drawn = list(islice(others, num_shots))
     if len(drawn) < num_shots:
-        raise DataError(f"{num_shots} shots asked for, {len(shots)} examples given; ask for fewer")
-    return drawn[:num_shots]
+        raise DataError(f"{num_shots} shots asked for, {len(drawn)} examples to draw from; ask for fewer")
+    return drawn
+
+
+def _key(question: Question) -> tuple[str, str]:
+    return question.context, question.question
 
 
 def _tokenize(
     contexts: Sequence[str],
     questions: Sequence[Question],
-    encode_batch: Encode,
-    end_of_text_id: int,
+    tokenizer: TextEncoder,
     row_length: int | None,
 ) -> list[_Item]:
     texts = [
         f"{context} {choice}" for context, q in zip(contexts, questions, strict=True) for choice in q.choices
     ]
-    encoded, context_ids = encode_batch(texts), encode_batch(contexts)
+    encoded, context_ids = tokenizer.encode_batch(texts), tokenizer.encode_batch(contexts)
     items, start = [], 0
     for ids, question in zip(context_ids, questions, strict=True):
         stop = start + len(question.choices)
-        items.append(_item(ids, encoded[start:stop], end_of_text_id, row_length))
+        items.append(_item(ids, encoded[start:stop], tokenizer.end_of_text_id, row_length))
         start = stop
     return items
 

@@ -26,6 +26,15 @@ BATCH_TOKENS = 4096  # tokens of one forward pass: on two cores activations of a
 _LOGITS_AT_ONCE = 1 << 22  # float32 entries of the logits held at a time (16 MiB)
 
 
+class TextEncoder(Protocol):
+    """What evals ask of a tokenizer: text to ids without special tokens, and the id that opens and ends a text."""
+
+    @property
+    def end_of_text_id(self) -> int: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]: ...
+
+
 class Scorer(Protocol):
     """What can tell how likely given tokens are. `row_length`: the most tokens it sees at once; None is no limit."""
 

@@ -14,7 +14,7 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import TypeVar
 
 import numpy as np
@@ -52,8 +52,20 @@ def evaluate(
     `ties`, `losses` (counts); `score_difference` (mean, ours minus theirs); `length_difference` (mean, characters).
     """
     _check(prompts, ours, theirs)
-    our_N = np.asarray(judge(prompts, ours), dtype=np.float64)
-    their_N = np.asarray(judge(prompts, theirs), dtype=np.float64)
+    scores = judge(prompts, ours), judge(prompts, theirs)
+    return evaluate_scores(scores, ours, theirs, seed=seed, num_resamples=num_resamples)
+
+
+def evaluate_scores(
+    scores: tuple[Sequence[float], Sequence[float]],
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    *,
+    seed: int,
+    num_resamples: int = 10_000,
+) -> Metrics:
+    """`evaluate` where the judge has spoken already: `scores` of our answers and of theirs."""
+    our_N, their_N = (np.asarray(given, dtype=np.float64) for given in scores)
     if not np.isfinite(our_N).all() or not np.isfinite(their_N).all():
         raise DataError("the judge gave a score that is not a number; the model it runs on is broken")
     preference_N = (np.sign(our_N - their_N) + 1) / 2
@@ -100,6 +112,7 @@ def from_preferences(
     num_resamples: int = 10_000,
 ) -> Metrics:
     """The figures of `evaluate` from judgements already made: 1 ours is better, 0.5 a tie, 0 theirs is better."""
+    _check(preferences, ours, theirs)
     preference_N = np.asarray(preferences, dtype=np.float64)
     difference_N = np.asarray([len(a) - len(b) for a, b in zip(ours, theirs, strict=True)], dtype=np.float64)
     spread = float(difference_N.std())
@@ -157,8 +170,8 @@ def _sigmoid(x: Floats) -> Floats:
     return half
 
 
-def _check(prompts: Sequence[PromptT], ours: Sequence[str], theirs: Sequence[str]) -> None:
+def _check(prompts: Sized, ours: Sequence[str], theirs: Sequence[str]) -> None:
     if not len(prompts) == len(ours) == len(theirs):
         raise ValueError(f"{len(prompts)} prompts, {len(ours)} of our answers and {len(theirs)} of theirs")
-    if not prompts:
+    if not len(prompts):
         raise DataError("no prompts to judge answers to; hold some out")
