@@ -25,10 +25,21 @@ from fledge.formats.checkpoint import LoadedModel, clear_states, load_model
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.report import StageReport, write_report
 from fledge.recipes.runs import Cost, Manifest, hash_outputs, read_manifest, verify_outputs, write_manifest
-from fledge.train.metrics import peak_rss_bytes, reset_peak_rss
+from fledge.train.device import peak_memory_bytes
 from fledge.types import Metrics
 
 PlanT = TypeVar("PlanT")
+
+
+class Board(Protocol):
+    """Where metrics go beside metrics.jsonl: TensorBoard, or nowhere."""
+
+    def write(self, metrics: Metrics, step: int) -> None: ...
+
+
+class NoBoard:
+    def write(self, metrics: Metrics, step: int) -> None:
+        """Nothing."""
 
 
 class Listener(Protocol):
@@ -50,8 +61,10 @@ class StageContext(Generic[PlanT]):
     run: Path
     listener: Listener
     interrupts: Interrupts
+    board: Board
     report: StageReport
     device: torch.device
+    compiled: bool
     cost: Cost = field(default_factory=Cost)
     started: float = field(default_factory=time.monotonic)
 
@@ -91,7 +104,9 @@ class RingRun(Generic[PlanT]):
     path: Path
     listener: Listener
     interrupts: Interrupts
+    board: Board
     device: torch.device
+    compiled: bool
 
 
 def run_stages(run: RingRun[PlanT], stages: Sequence[Stage[PlanT]]) -> None:
@@ -125,15 +140,16 @@ def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str])
     earlier = _read_cost(path / "cost.json")
     is_resumed = any(path.glob("state-*"))
     run.listener.stage(stage.name, "resumed" if is_resumed else "started", "")
-    reset_peak_rss()
     context = StageContext(
         name=stage.name,
         plan=run.plan,
         run=run.path,
         listener=run.listener,
         interrupts=run.interrupts,
+        board=run.board,
         report=StageReport(stage.name),
         device=run.device,
+        compiled=run.compiled,
         cost=earlier,
     )
     stage.work(context)
@@ -141,7 +157,7 @@ def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str])
     clear_states(path)
     (path / "cost.json").unlink(missing_ok=True)
     outputs = hash_outputs(path)
-    cost = replace(context.total_cost(), peak_rss_bytes=max(earlier.peak_rss_bytes, peak_rss_bytes()))
+    cost = replace(context.total_cost(), peak_rss_bytes=max(earlier.peak_rss_bytes, peak_memory_bytes()))
     manifest = Manifest(stage.name, inputs, outputs, cost, versions())
     write_manifest(path, manifest)
     run.listener.stage(stage.name, "finished", f"{cost.seconds:.0f} s")

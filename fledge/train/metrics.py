@@ -76,14 +76,15 @@ class JsonLines:
     """One JSON object a line, appended and flushed; opening it again after a crash makes the file whole first.
 
     `from_step` is the step that training goes on from: a torn last line and every line of a later step is dropped,
-    because those steps are about to be written again. Lines without "step" stay.
+    because those steps are about to be written again. Lines without "step" stay, and, given a `stage`, so do those of
+    other stages, which share the file.
     """
 
-    def __init__(self, path: Path, from_step: int = 0) -> None:
+    def __init__(self, path: Path, from_step: int = 0, stage: str | None = None) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _keep(path, from_step)
+            _keep(path, from_step, stage)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -95,7 +96,7 @@ class JsonLines:
         self._file.close()
 
 
-def _keep(path: Path, from_step: int) -> None:
+def _keep(path: Path, from_step: int, stage: str | None) -> None:
     kept = []
     for line in path.read_bytes().split(b"\n")[
         :-1
@@ -104,7 +105,8 @@ def _keep(path: Path, from_step: int) -> None:
             record = json.loads(line)
         except ValueError:
             break  # a line torn by a full disk: nothing after it can be trusted
-        if record.get("step", 0) <= from_step:
+        is_ours = stage is None or record.get("stage") == stage
+        if not is_ours or record.get("step", 0) <= from_step:
             kept.append(line + b"\n")
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

@@ -1,0 +1,136 @@
+"""Raising a model: from a recipe's name to a finished run folder. What `fledge raise` calls."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fledge
+from fledge.config import override, to_json
+from fledge.data.folder import content_hash
+from fledge.errors import ConfigError, DataError, Interrupted
+from fledge.files import write_json
+from fledge.recipes.card_page import write_card
+from fledge.recipes.fledgling import fledgling
+from fledge.recipes.interrupts import Interrupts
+from fledge.recipes.plan import RingPlan
+from fledge.recipes.pocket import pocket, sprout
+from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
+from fledge.recipes.runs import locked, open_run
+from fledge.recipes.stage_corpus import corpus_stage, tokenizer_stage
+from fledge.recipes.stage_evaluation import evaluation_stage
+from fledge.recipes.stage_ppo import ppo_stage
+from fledge.recipes.stage_reward import gold_stage, rankings_stage, reward_stage
+from fledge.recipes.stage_text import code_stage, pretrain_stage, sft_stage
+from fledge.train.compile import resolve
+from fledge.train.device import default_device, raise_malloc_thresholds
+from fledge.train.metrics import TensorBoard
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`build(depth)` makes the plan; `depth` None is the recipe's own."""
+
+    name: str
+    summary: str
+    build: Callable[[int | None], RingPlan]
+
+
+RECIPES = (
+    Recipe("sprout", "the whole ring in about a minute, to see that everything works; it learns next to nothing", sprout),
+    Recipe("pocket", "the whole ring on two CPU cores in about ten minutes", pocket),
+    Recipe("fledgling", "the same ring with more of everything: an evening on two cores, minutes on a GPU", fledgling),
+)
+
+RING: tuple[Stage[RingPlan], ...] = (
+    Stage("corpus", (), corpus_stage),
+    Stage("tokenizer", ("corpus",), tokenizer_stage),
+    Stage("pretrain", ("corpus", "tokenizer"), pretrain_stage),
+    Stage("code", ("corpus", "tokenizer", "pretrain"), code_stage),
+    Stage("sft", ("corpus", "tokenizer", "code"), sft_stage),
+    Stage("rankings", ("corpus", "pretrain", "sft"), rankings_stage),
+    Stage("reward", ("sft", "rankings"), reward_stage),
+    Stage("gold", ("sft", "rankings"), gold_stage),
+    Stage("ppo", ("corpus", "tokenizer", "sft", "reward", "gold"), ppo_stage),
+    Stage("evaluation", ("corpus", "tokenizer", "rankings", "pretrain", "code", "sft", "reward", "gold", "ppo"), evaluation_stage),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the user asked for: a recipe, the dial, a folder of text, overrides, and where runs live."""
+
+    recipe: str
+    depth: int | None = None
+    text: Path | None = None
+    overrides: Sequence[str] = ()
+    name: str | None = None
+    runs: Path = Path("runs")
+    tensorboard: bool = False
+
+
+def plan_of(order: Order) -> RingPlan:
+    """The plan an order comes to; `ConfigError` or `DataError` before any work if it cannot be carried out."""
+    by_name = {recipe.name: recipe for recipe in RECIPES}
+    if order.recipe not in by_name:
+        near = difflib.get_close_matches(order.recipe, by_name, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(by_name)}"
+        raise ConfigError(f"no recipe '{order.recipe}'{hint}")
+    if order.depth is not None and not 1 <= order.depth <= 64:
+        raise ConfigError(f"--depth {order.depth}: expected 1 to 64 layers")
+    plan = by_name[order.recipe].build(order.depth)
+    if order.text is not None:
+        path = order.text.expanduser().resolve()
+        if not path.exists():
+            raise DataError(f"--text {order.text}: there is no such folder or file; check the path")
+        plan = replace(plan, corpus=replace(plan.corpus, text=str(path), text_hash=content_hash(path)))
+    return override(plan, order.overrides)
+
+
+def raise_model(order: Order, listener: Listener) -> Path:
+    """Run the ring, or what is left of it, and write the card; returns the run folder.
+
+    Raises `UserError` for what cannot be used, `Interrupted` (naming the command that goes on) after Ctrl-C or SIGTERM.
+    """
+    plan = plan_of(order)
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    raise_malloc_thresholds()
+    path, notice = open_run(order.name or plan.recipe, _frozen(plan), order.runs)
+    if notice:
+        listener.stage("plan", "note", notice)
+    interrupts = Interrupts()
+    with locked(path), interrupts.handled():
+        board: Board = TensorBoard(path / "tensorboard") if order.tensorboard else NoBoard()
+        device = default_device()
+        run = RingRun(plan, path, listener, interrupts, board, device, _compiles(plan, path, device))
+        try:
+            run_stages(run, RING)
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; go on with the same command") from stop
+        finally:
+            if isinstance(board, TensorBoard):
+                board.close()
+        write_card(path)
+    return path
+
+
+def _frozen(plan: RingPlan) -> dict[str, Any]:
+    """What plan.json says: another version of fledge may come to other results, so its plan is another one."""
+    frozen: Mapping[str, Any] = to_json(plan)
+    return {"fledge": fledge.__version__, **frozen}
+
+
+def _compiles(plan: RingPlan, path: Path, device: torch.device) -> bool:
+    """Whether this run compiles: decided when it begins and kept, because compiled and eager code round differently."""
+    record = path / "compiled.json"
+    recorded: bool | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    chosen = resolve(plan.compile, recorded, device)
+    if recorded is None:
+        write_json(record, chosen)
+    return chosen

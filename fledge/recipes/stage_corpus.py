@@ -1,0 +1,170 @@
+"""Stages 1 and 2: sources -> filtered documents with provenance -> a tokenizer -> memory-mapped shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fledge.data.catalogue import source
+from fledge.data.corpus import Corpus, Ingredient, tokenize_corpus, tokenizer_sample, write_corpus
+from fledge.data.gpt2_vocabulary import load_gpt2
+from fledge.data.package import cache_home
+from fledge.data.filters import example_text
+from fledge.data.shards import Shards
+from fledge.errors import DataError
+from fledge.recipes.chats import part_of
+from fledge.recipes.report import Cell, Fact, Licence, Table
+from fledge.recipes.training import Context
+from fledge.text.chat import ChatRenderer
+from fledge.text.report import fits
+from fledge.text.tokenizer import Tokenizer, train_tokenizer
+from fledge.types import ChatExample
+
+USER_SOURCE = "user"  # the folder given with --text
+TOKENIZER_SAMPLE_CHARS = 4_000_000  # more changes the vocabulary of a few thousand tokens by less than noise
+MEASURED_CHARS = 200_000  # of each source, for bytes per token
+
+
+def corpus_stage(context: Context) -> None:
+    """Read, filter, split and write down every source of the plan."""
+    plan = context.plan.corpus
+    names = [*plan.prose, *plan.code, *plan.chats]
+    ingredients = [Ingredient(name, limit_bytes=plan.limits.get(name)) for name in names]
+    if plan.text is not None:
+        ingredients.append(Ingredient(USER_SOURCE, path=plan.text))
+    folder = context.path / "documents"
+    total = len(ingredients)
+
+    def progress(name: str, documents: int) -> None:
+        done = [ingredient.name for ingredient in ingredients].index(name)
+        context.listener.step(context.name, done, total, {"documents": float(documents)})
+
+    filters = plan.filters
+    corpus = write_corpus(
+        ingredients, folder, cache=cache_home(), filters=filters, seed=context.plan.seed, progress=progress
+    )
+    context.listener.step(context.name, total, total, {})
+    context.report = replace(
+        context.report,
+        headline=Fact("text", sum(_bytes(account) for account in corpus.yields.values()) / 1e6, "MB"),
+        tables=(_yield_table(corpus),),
+        licences=tuple(_licence(context, name, account) for name, account in corpus.yields.items()),
+    )
+
+
+def tokenizer_stage(context: Context) -> None:
+    """Train the tokenizer on a sample of everything, then tokenize all documents."""
+    plan = context.plan
+    corpus = open_corpus(context)
+    sample = tokenizer_sample(corpus, TOKENIZER_SAMPLE_CHARS, plan.seed)
+    tokenizer = train_tokenizer(sample, plan.tokenizer)
+    tokenizer.save(context.path / "tokenizer.json")
+    context.listener.step(context.name, 1, 2, {"vocabulary": float(tokenizer.vocab_size)})
+    shards = tokenize_corpus(corpus, tokenizer, context.path / "shards")
+    context.listener.step(context.name, 2, 2, {"tokens": float(shards["train"].num_positions)})
+    context.report = replace(
+        context.report,
+        headline=Fact("vocabulary", tokenizer.vocab_size, "tokens"),
+        facts=(
+            Fact("training tokens", shards["train"].num_positions),
+            Fact("validation tokens", shards["validation"].num_positions),
+        ),
+        tables=(_tokenizer_table(context, corpus, tokenizer),),
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the training stages read: the tokenizer, shards of both sides, and which documents are prose and code."""
+
+    tokenizer: Tokenizer
+    renderer: ChatRenderer
+    train: Shards
+    validation: Shards
+    prose: tuple[str, ...]
+    code: tuple[str, ...]
+
+
+def open_texts(context: Context) -> Texts:
+    plan = context.plan.corpus
+    folder = context.run / "tokenizer"
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    train, validation = Shards.open(folder / "shards" / "train"), Shards.open(folder / "shards" / "validation")
+    prose = tuple(name for name in (*plan.prose, USER_SOURCE) if name in train.sources)
+    code = tuple(name for name in plan.code if name in train.sources)
+    if not prose:
+        raise DataError("no prose to train on: name a source in corpus.prose or give --text a folder with text in it")
+    return Texts(tokenizer, ChatRenderer(tokenizer), train, validation, prose, code)
+
+
+def open_corpus(context: Context) -> Corpus:
+    return Corpus.open(context.run / "corpus" / "documents")
+
+
+def chats_of(context: Context, part: str) -> list[ChatExample]:
+    """The conversations of one part: "sft", "reward", "gold", "ppo", or "validation" (held out from all)."""
+    corpus = open_corpus(context)
+    if part == "validation":
+        return list(corpus.chats("validation"))
+    return [chat for chat in corpus.chats("train") if part_of(chat) == part]
+
+
+def validation_texts(context: Context, names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Held-out documents by source."""
+    corpus = open_corpus(context)
+    texts: dict[str, list[str]] = {name: [] for name in names}
+    for example in corpus.texts("validation", names):
+        texts[example.provenance.source].append(example.text)
+    return {name: found for name, found in texts.items() if found}
+
+
+def document_numbers(shards: Shards, names: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return shards.of_sources([name for name in names if name in shards.sources])
+
+
+def _bytes(account: dict[str, Any]) -> int:
+    return sum(account["kept_bytes"].values())
+
+
+def _yield_table(corpus: Corpus) -> Table:
+    rows = []
+    for name, account in corpus.yields.items():
+        dropped = ", ".join(f"{count} {reason}" for reason, count in account["dropped"].items()) or "none"
+        kept = account["kept"]
+        rows.append((name, account["read"], kept["train"], kept["validation"], _bytes(account), dropped))
+    columns = ("source", "read", "train", "validation", "bytes kept", "dropped")
+    return Table.of("What was read, and what the filters kept", columns, rows)
+
+
+def _licence(context: Context, name: str, account: dict[str, Any]) -> Licence:
+    uses = {"prose": "pretraining", "code": "code stage", "chat": "SFT, reward model, PPO prompts"}
+    use = "pretraining and SFT" if name == USER_SOURCE else uses.get(source(name).kind, "")
+    return Licence(name, ", ".join(account["licences"]), sum(account["kept"].values()), _bytes(account), use)
+
+
+def _tokenizer_table(context: Context, corpus: Corpus, tokenizer: Tokenizer) -> Table:
+    """Bytes per token of each source's held-out text, ours beside GPT-2's published vocabulary where it can be had."""
+    samples = {name: list(_held_out(corpus, name, MEASURED_CHARS)) for name in corpus.sources}
+    tokenizers, note = {"ours": tokenizer}, ""
+    try:
+        tokenizers["GPT-2"] = load_gpt2(cache_home())
+    except DataError as error:
+        note = f"GPT-2's vocabulary could not be had: {error}"
+    columns = ("source", *(f"{name} ({each.vocab_size:,})" for name, each in tokenizers.items()))
+    measured = fits(tokenizers, {name: texts for name, texts in samples.items() if texts})
+    rows: list[tuple[Cell, ...]] = [(f.source, *(f.bytes_per_token(name) for name in tokenizers)) for f in measured]
+    return Table.of("Bytes per token on held-out text", columns, rows, note)
+
+
+def _held_out(corpus: Corpus, name: str, max_chars: int) -> Iterator[str]:
+    """Held-out texts of a source, about `max_chars` characters of them."""
+    left = max_chars
+    for example in corpus.examples("validation", [name]):
+        text = example_text(example)
+        yield text
+        left -= len(text)
+        if left <= 0:
+            return

@@ -1,0 +1,196 @@
+"""Stage 9: what the whole run came to, on text and prompts that no stage has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fledge.data.shards import Shards
+from fledge.evals import bits_per_byte, generation, win_rate
+from fledge.evals.scorer import CausalScorer, NGramScorer
+from fledge.formats.checkpoint import LoadedModel
+from fledge.models.ngram import fit_orders
+from fledge.models.scalar import ScalarModel
+from fledge.recipes.answers import Asked, base_answers, chat_answers, judge
+from fledge.recipes.chats import Prompt, prompts
+from fledge.recipes.report import Answer, Claim, Fact, Interval, Sample, Table
+from fledge.recipes.stage_corpus import (
+    Texts,
+    chats_of,
+    document_numbers,
+    open_texts,
+    validation_texts,
+)
+from fledge.recipes.stage_reward import measure_accuracy
+from fledge.recipes.stage_text import measure_bits_per_byte
+from fledge.recipes.training import Context
+from fledge.types import Completion, Metrics
+
+BASE_STAGES, CHAT_STAGES = ("pretrain", "code"), ("sft", "ppo")
+STAGES = (*BASE_STAGES, *CHAT_STAGES)
+MARGIN = 0.10  # how far below the best Kneser-Ney model the base model must lie
+
+
+def evaluation_stage(context: Context) -> None:
+    """Bits per byte beside Kneser-Ney, win rates by the gold judge, answers after every stage."""
+    texts = open_texts(context)
+    models = {name: context.model(name) for name in STAGES}
+    context.listener.step(context.name, 1, 5, {})
+    language = {
+        name: measure_bits_per_byte(context, m.model, texts, (*texts.prose, *texts.code)) for name, m in models.items()
+    }
+    context.listener.step(context.name, 2, 5, {})
+    ngrams = _kneser_ney(context, texts)
+    context.listener.step(context.name, 3, 5, {})
+    found, answers = _answers(context, models)
+    context.listener.step(context.name, 4, 5, {})
+    wins = _win_rates(context, models["sft"], found, answers)
+    manners = _manners(models, found, answers)
+    context.listener.step(context.name, 5, 5, {})
+    last = wins["ppo over sft"]
+    context.report = replace(
+        context.report,
+        headline=Fact("PPO over SFT", last["win_rate"] * 100, "% wins"),
+        claims=(*_language_claims(language["pretrain"], ngrams, texts), _win_claim(last)),
+        tables=(
+            _language_table(language, ngrams, texts),
+            _win_table(wins),
+            _manners_table(manners),
+            _judges_table(context, models["sft"]),
+        ),
+        samples=_samples(context, found, answers),
+    )
+
+
+def _kneser_ney(context: Context, texts: Texts) -> dict[str, Metrics]:
+    """Interpolated Kneser-Ney of every order on the very documents the base model was trained on."""
+    documents = _training_documents(texts.train, texts)
+    tokenizer, held_out = texts.tokenizer, validation_texts(context, texts.prose)
+    measured = {}
+    counted = fit_orders(documents, context.plan.evaluation.orders, tokenizer.vocab_size)
+    for order, model in counted.items():
+        scorer = NGramScorer(model)
+        measured[f"Kneser-Ney {order}-gram"] = bits_per_byte.evaluate(scorer, held_out, tokenizer)
+    return measured
+
+
+def _training_documents(shards: Shards, texts: Texts) -> list[Any]:
+    return [shards.document(int(number)) for number in document_numbers(shards, texts.prose)]
+
+
+def _answers(context: Context, models: dict[str, LoadedModel]) -> tuple[list[Prompt], dict[str, list[Completion]]]:
+    """Held-out prompts and one answer of every stage to each, with the same seeds."""
+    plan, sft = context.plan, models["sft"]
+    found = prompts(
+        chats_of(context, "validation"),
+        sft.renderer,
+        count=plan.evaluation.prompts,
+        max_tokens=plan.ppo.prompt_length,
+        seed=plan.seed + 1,
+    )
+    asked = Asked([prompt.conversation for prompt in found], plan.ppo.response_length)
+    answers = {}
+    for name, loaded in models.items():
+        answer = base_answers if name in BASE_STAGES else chat_answers
+        answers[name] = answer(loaded, asked, plan.seed)
+    return found, answers
+
+
+def _win_rates(
+    context: Context, sft: LoadedModel, found: Sequence[Prompt], answers: dict[str, list[Completion]]
+) -> dict[str, Metrics]:
+    """Each stage over the one before, judged by the gold model, which scores every answer on its own."""
+    gold = context.model("gold").model
+    assert isinstance(gold, ScalarModel)
+    asked = Asked([prompt.conversation for prompt in found], context.plan.ppo.response_length)
+    scores = {name: judge(gold, sft.renderer, asked, said) for name, said in answers.items()}
+    measured = {}
+    for before, after in zip(STAGES[:-1], STAGES[1:], strict=True):
+        measured[f"{after} over {before}"] = win_rate.evaluate_scores(
+            (scores[after], scores[before]),
+            [c.text for c in answers[after]],
+            [c.text for c in answers[before]],
+            seed=context.plan.seed,
+            num_resamples=context.plan.evaluation.resamples,
+        )
+    return measured
+
+
+def _manners(
+    models: dict[str, LoadedModel], found: Sequence[Prompt], answers: dict[str, list[Completion]]
+) -> dict[str, Metrics]:
+    """Length, entropy, share of answers that end, and the distance of PPO from SFT."""
+    measured = {name: generation.describe(said) for name, said in answers.items()}
+    ids = [prompt.ids for prompt in found]
+    scorers = [_scorer(models[name], len(max(ids, key=len))) for name in ("ppo", "sft")]
+    measured["ppo"] |= generation.evaluate_kl(scorers[0], scorers[1], ids, answers["ppo"])
+    return measured
+
+
+def _scorer(loaded: LoadedModel, prompt_length: int) -> CausalScorer:
+    model: Any = loaded.model
+    return CausalScorer(model, row_length=prompt_length + 256, pad_id=loaded.tokenizer.pad_id)
+
+
+def _language_claims(base: Metrics, ngrams: dict[str, Metrics], texts: Texts) -> tuple[Claim, ...]:
+    ours = base.get("bits_per_byte/without_code", base["bits_per_byte"])
+    best = min(metrics["bits_per_byte"] for metrics in ngrams.values())
+    text = f"bits per byte on held-out prose at least {MARGIN:.0%} below the best Kneser-Ney model ({best:.3f})"
+    return (Claim(text, ours, "<=", best * (1 - MARGIN), "bits per byte"),)
+
+
+def _win_claim(wins: Metrics) -> Claim:
+    return Claim("lower bound of PPO's win rate over SFT, gold judge", wins["win_rate_low"], ">", 0.5)
+
+
+def _language_table(language: dict[str, Metrics], ngrams: dict[str, Metrics], texts: Texts) -> Table:
+    columns = ("model", "prose", *texts.prose, *texts.code)
+    rows: list[tuple[Any, ...]] = []
+    for name, metrics in {**ngrams, **language}.items():
+        prose = metrics.get("bits_per_byte/without_code", metrics["bits_per_byte"])
+        rows.append((name, prose, *(metrics.get(f"bits_per_byte/{s}") for s in (*texts.prose, *texts.code))))
+    note = "Kneser-Ney models are trained on the same documents of prose with the same tokenizer."
+    return Table.of("Bits per byte on held-out text", columns, rows, note)
+
+
+def _win_table(wins: dict[str, Metrics]) -> Table:
+    rows = []
+    for name, m in wins.items():
+        plain = Interval(m["win_rate"], m["win_rate_low"], m["win_rate_high"], 0.5)
+        key = "win_rate_length_controlled"
+        controlled = Interval(m[key], m[f"{key}_low"], m[f"{key}_high"], 0.5)
+        rows.append((name, plain, controlled, m["ties"], m["length_difference"]))
+    columns = ("stages", "wins %", "wins at equal length %", "ties", "characters more")
+    note = "Judged by the gold model, which no stage was trained against; ties count half; 95 % bootstrap intervals."
+    return Table.of("Win rate of each stage over the one before", columns, rows, note)
+
+
+def _manners_table(manners: dict[str, Metrics]) -> Table:
+    names = ("answer_tokens", "share_ended", "entropy", "distinct_2", "kl_k1_answer")
+    columns = ("stage", "tokens", "ended %", "entropy, nats a token", "distinct bigrams %", "KL to SFT, nats an answer")
+    rows = [(stage, *(metrics.get(name) for name in names)) for stage, metrics in manners.items()]
+    return Table.of("How the stages answer", columns, rows)
+
+
+def _judges_table(context: Context, sft: LoadedModel) -> Table:
+    rows = []
+    for name in ("reward", "gold"):
+        model = context.model(name).model
+        assert isinstance(model, ScalarModel)
+        accuracy = measure_accuracy(context, model, sft)
+        interval = Interval(accuracy["accuracy"], accuracy["accuracy_low"], accuracy["accuracy_high"], 0.5)
+        rows.append((name, interval, accuracy.get("accuracy_length_matched"), accuracy["calibration_error"]))
+    columns = ("model", "pairs right %", "of equal length %", "calibration error")
+    return Table.of("Reward model and gold judge on held-out rankings", columns, rows)
+
+
+def _samples(context: Context, found: Sequence[Prompt], answers: dict[str, list[Completion]]) -> tuple[Sample, ...]:
+    shown = range(min(context.plan.evaluation.prompts_shown, len(found)))
+    return tuple(
+        Sample(
+            "\n".join(f"{m.role}: {m.text}" for m in found[i].conversation.messages),
+            tuple(Answer(stage, said[i].text, said[i].finish_reason == "stop") for stage, said in answers.items()),
+        )
+        for i in shown
+    )
