@@ -84,14 +84,11 @@ def gpt2_layout(vocab: bytes, merges: bytes) -> bytes:
     """GPT-2's published `encoder.json` and `vocab.bpe` (Radford et al. 2019) as one tokenizer.json."""
     try:
         ids: dict[str, int] = json.loads(vocab)
-        lines = merges.decode().splitlines()
-        pairs = [
-            (left, right)
-            for left, right in (line.split(" ") for line in lines if line and not line.startswith("#version"))
-        ]
-    except ValueError as error:
+        lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
+        pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
+        core = library.Tokenizer(models.BPE(vocab=ids, merges=pairs))
+    except Exception as error:  # the library raises bare Exception for merges that the vocabulary lacks
         raise TokenizerError(f"not GPT-2's encoder.json and vocab.bpe ({error}); fetch them again") from error
-    core = library.Tokenizer(models.BPE(vocab=ids, merges=pairs))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([library.AddedToken("<|endoftext|>", special=True, normalized=False)])
