@@ -12,6 +12,7 @@ from torch import nn
 
 from fledge.config import from_json, to_json
 from fledge.formats.checkpoint import CheckpointInfo, LoadedModel, load_state, save_model, save_state
+from fledge.models.scalar import ScalarModel
 from fledge.objectives.next_token import NextToken, next_token_sums
 from fledge.recipes.plan import FitPlan, RingPlan
 from fledge.recipes.ring import StageContext
@@ -121,9 +122,12 @@ def next_token(context: Context, fit_plan: FitPlan, tokenizer: Tokenizer) -> Nex
 
 
 def step_flops(model: nn.Module, plan: FitPlan) -> float:
+    """Arithmetic of one step of this shape (train/metrics.py has the formula)."""
     any_model: Any = model
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return plan.rows * plan.row_length * flops_per_token(sizes, any_model.roles(), any_model.config, plan.row_length)
+    roles = any_model.roles()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name in roles}
+    trunk = any_model.trunk if isinstance(model, ScalarModel) else any_model
+    return plan.rows * plan.row_length * flops_per_token(sizes, roles, trunk.config, plan.row_length)
 
 
 def save_stage_model(
@@ -131,9 +135,8 @@ def save_stage_model(
 ) -> str:
     """Write the stage's checkpoint with its lineage; returns its hash."""
     any_model: Any = model
-    is_scalar = hasattr(any_model.config, "trunk_family")
     info = CheckpointInfo(
-        family="scalar" if is_scalar else context.plan.family,
+        family="scalar" if isinstance(model, ScalarModel) else context.plan.family,
         config=to_json(any_model.config),
         stage=context.name,
         tokenizer_hash=tokenizer.hash,
