@@ -95,7 +95,7 @@ def test_a_bias_is_added_to_the_scores(window: int | None, which: int) -> None:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_gradients_of_the_banded_path_equal_those_of_its_masked_dense_twin(which: int) -> None:
-    context, segments_BT = contexts()[which]
+    context, _ = contexts()[which]
     window = 4
     assert window * BANDED_FROM_WINDOWS <= NUM_POSITIONS
     weights = torch.randn(2, NUM_POSITIONS, 4, 6, generator=torch.Generator().manual_seed(3))
