@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fledge.batches import Loss, Rollout, Term
 from fledge.layers.attention import SegmentContext
-from fledge.objectives.logprobs import entropy, target_logprobs
+from fledge.objectives.logprobs import target_logprobs
 from fledge.objectives.next_token import Trunk
 
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside any clip range and far from overflow in float32
@@ -40,7 +40,7 @@ class ActionSpace:
 
     def logits(self, logits: Tensor) -> Tensor:
         """Logits (..., V) of the distribution that actions are drawn from, float32."""
-        scaled = logits.float() / self.temperature
+        scaled = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         if not self.banned_ids:
             return scaled
         banned = torch.tensor(self.banned_ids, dtype=torch.int64, device=logits.device)
@@ -49,20 +49,19 @@ class ActionSpace:
 
 def action_logprobs(
     model: Trunk, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor, space: ActionSpace
-) -> tuple[Tensor, Tensor]:
-    """(log-probability of every response token, entropy in nats of the choice), each (B, T), 0 over the prompt.
+) -> Tensor:
+    """Log-probability of every response token (B, T), 0 over the prompt; the logit at t - 1 speaks of token t.
 
-    `x` is what `embed` returned; the logit at t - 1 speaks of token t. A banned token has minus infinity. This is the
-    costly region, without sparse gradients, that a caller may compile.
+    `x` is what `embed` returned. A banned token has minus infinity. This is the costly region, without sparse
+    gradients, that a caller may compile.
     """
     x_BTD = model.hidden(x, SegmentContext(segments_BT))
     logits_BRV = space.logits(model.unembed(x_BTD[:, -space.response_length - 1 : -1]))
     logprobs_BR = target_logprobs(logits_BRV, tokens_BT[:, -space.response_length :])
-    prompt_length = tokens_BT.shape[1] - space.response_length
-    return F.pad(logprobs_BR, (prompt_length, 0)), F.pad(entropy(logits_BRV.detach()), (prompt_length, 0))
+    return F.pad(logprobs_BR, (tokens_BT.shape[1] - space.response_length, 0))
 
 
-PolicyRegion = Callable[[Trunk, Tensor, Tensor, Tensor, ActionSpace], tuple[Tensor, Tensor]]
+PolicyRegion = Callable[[Trunk, Tensor, Tensor, Tensor, ActionSpace], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,13 @@ class ClippedPolicy:
     def loss(self, model: Trunk, batch: Rollout) -> Loss:
         """Term `policy`: sum over actions. Stats: see `policy_stats`."""
         x = model.embed(batch.tokens_BT, SegmentContext(batch.segments_BT))
-        logprobs_BT, entropy_BT = self.region(model, x, batch.tokens_BT, batch.segments_BT, self.space)
+        logprobs_BT = self.region(model, x, batch.tokens_BT, batch.segments_BT, self.space)
         mask_BT, count = batch.action_mask_BT, batch.counts["policy"]
         # Positions that are no action may hold a banned token of log-probability minus infinity: keep them out.
         log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - batch.old_logprobs_BT, 0.0)
         loss_BT = clipped_policy_loss(log_ratio_BT, batch.advantages_BT, self.clip, self.dual_clip)
-        stats = policy_stats(log_ratio_BT.detach(), batch, self.clip)
-        stats["entropy"] = ((entropy_BT * mask_BT).sum(), count)
-        return Loss({"policy": Term((loss_BT * mask_BT).sum(), count)}, stats)
+        terms = {"policy": Term((loss_BT * mask_BT).sum(), count)}
+        return Loss(terms, policy_stats(log_ratio_BT.detach(), batch, self.clip))
 
 
 def clipped_policy_loss(

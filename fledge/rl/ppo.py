@@ -121,11 +121,12 @@ class PretrainMix:
 
 @dataclass(frozen=True)
 class World:
-    """What the policy acts in. `prompts` are token ids; `stop_ids` and `pad_id` as in the renderer."""
+    """What the policy acts in. `prompts` are token ids; `pad_id`, `stop_ids` and `end_id` as in `EpisodeShape`."""
 
     prompts: Sequence[Sequence[int]]
     pad_id: int
     stop_ids: frozenset[int]
+    end_id: int
     sampler: Sampler
     scorer: Scorer
     pretrain: PretrainMix | None = None
@@ -150,7 +151,9 @@ class PPO:
         if config.pretrain_weight > 0 and world.pretrain is None:
             raise ValueError("pretrain_weight is above 0 but there are no pretraining rows; set it to 0")
         self.config, self.actors, self.world = config, actors, world
-        self.shape = EpisodeShape(config.prompt_length, config.response_length, world.pad_id, world.stop_ids)
+        self.shape = EpisodeShape(
+            config.prompt_length, config.response_length, world.pad_id, world.stop_ids, world.end_id
+        )
         # The sampler never draws padding, so the trainer's distribution must not contain it either.
         self.space = ActionSpace(config.response_length, config.temperature, (world.pad_id,))
         self.policy_optimizers = OptimizerSet(actors.policy, config.policy_optim)

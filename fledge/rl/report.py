@@ -23,6 +23,8 @@ def round_metrics(rollout: Rollout, ended_B: Tensor, shaped_B: Tensor) -> Metric
     delta_BT = (rollout.old_logprobs_BT - rollout.reference_logprobs_BT) * mask_BT
     length_B = mask_BT.sum(dim=1)
     figures = {
+        # Drawn from the policy itself, so the mean of -log pi is an unbiased estimate of its entropy.
+        "entropy": -(rollout.old_logprobs_BT * mask_BT).sum() / num_actions,
         "kl": k1(delta_BT).sum(dim=1).mean(),
         "kl_k3": (k3(delta_BT) * mask_BT).sum(dim=1).mean(),
         "kl_per_token": k1(delta_BT).sum() / num_actions,

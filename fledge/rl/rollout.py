@@ -32,26 +32,31 @@ from fledge.types import Completion, SamplingParams
 
 @dataclass(frozen=True)
 class EpisodeShape:
-    """Fixed lengths of both halves of an episode, and the ids that mean padding and the end of an answer."""
+    """Fixed lengths of both halves of an episode, and the ids that mean something.
+
+    Sampling stops at any of `stop_ids`; only `end_id`, one of them, brings an answer to its end (the others, such as
+    the end of a document, are what a base model says instead).
+    """
 
     prompt_length: int
     response_length: int
     pad_id: int
     stop_ids: frozenset[int]
+    end_id: int
 
     def __post_init__(self) -> None:
         if self.prompt_length < 1 or self.response_length < 1:
             raise ValueError(f"prompt_length and response_length must be positive, got {self}")
-        if not self.stop_ids or self.pad_id in self.stop_ids:
+        if self.end_id not in self.stop_ids or self.pad_id in self.stop_ids:
             # A padding token that is also an end token would make every padded answer look finished.
             raise ValueError(
-                f"stop ids {sorted(self.stop_ids)} must not be empty nor contain the pad id {self.pad_id}"
+                f"stop ids {sorted(self.stop_ids)} must contain the end id {self.end_id}, not the pad id {self.pad_id}"
             )
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """Sampled tokens in place, as in `batches.Rollout`; `ended_B`: the RESPONSE ends with a stop token."""
+    """Sampled tokens in place, as in `batches.Rollout`; `ended_B`: the RESPONSE ends with the end id."""
 
     tokens_BT: Tensor  # int64
     segments_BT: Tensor  # int32
@@ -90,7 +95,7 @@ def lay_out(
         segments_BT[row, start - len(prompt) : end] = 1
         action_mask_BT[row, start:end] = 1.0
         sampler_logprobs_BT[row, start:end] = torch.tensor(completion.logprobs[: len(ids)])
-        ended_B[row] = ids[-1] in shape.stop_ids
+        ended_B[row] = ids[-1] == shape.end_id
     return Episodes(tokens_BT, segments_BT, action_mask_BT, sampler_logprobs_BT, ended_B)
 
 
@@ -154,7 +159,7 @@ def policy_logprobs(
     logprobs = []
     for chunk in episodes.chunks(rows):
         x = model.embed(chunk.tokens_BT, SegmentContext(chunk.segments_BT))
-        logprobs_BT, _ = region(model, x, chunk.tokens_BT, chunk.segments_BT, space)
+        logprobs_BT = region(model, x, chunk.tokens_BT, chunk.segments_BT, space)
         logprobs.append(torch.where(chunk.action_mask_BT > 0, logprobs_BT, 0.0))
     return torch.cat(logprobs)
 

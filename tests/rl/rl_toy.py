@@ -72,9 +72,10 @@ def prompts(num: int = 40, seed: int = 5) -> list[tuple[int, ...]]:
 
 
 def share_of_a(episodes: Episodes) -> Tensor:
-    """The score that PPO is to raise: the share of "a" among the tokens of an answer."""
+    """The score that PPO is to raise: the share of "a" among the letters of an answer."""
+    is_letter_BT = (episodes.tokens_BT >= LETTER_A) * episodes.action_mask_BT
     is_a_BT = (episodes.tokens_BT == LETTER_A) * episodes.action_mask_BT
-    return is_a_BT.sum(1) / episodes.action_mask_BT.sum(1)
+    return is_a_BT.sum(1) / is_letter_BT.sum(1).clamp(min=1)
 
 
 def length(episodes: Episodes) -> Tensor:
@@ -89,7 +90,7 @@ def pretrain_mix() -> PretrainMix:
 
 def world(scorer=share_of_a, **changes) -> World:
     sampler = naive_sampler(pad_id=PAD, stop_ids=frozenset({END}), decode=decode)
-    return World(prompts(), PAD, frozenset({END}), sampler, scorer, **changes)
+    return World(prompts(), PAD, frozenset({END}), END, sampler, scorer, **changes)
 
 
 def decode(ids: Sequence[int]) -> str:
