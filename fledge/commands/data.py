@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fledge.data import catalogue, multiple_choice
@@ -73,17 +73,17 @@ def _list(args: argparse.Namespace, console: Console) -> None:
             )
         return
     table = Table(
-        "name", "kind", "what", "language", Text("text", justify="right"), "licence", "from", box=None
+        Column("name", no_wrap=True),
+        *("kind", "what", "language"),
+        Column("text", justify="right", no_wrap=True),
+        "licence",
+        box=None,
     )
     for row in catalogue.SOURCES:
-        origin = f"{row.package.name} {row.package.version}" if row.package else "this machine"
-        table.add_row(
-            row.name, row.kind, row.what, row.language, f"{row.megabytes:g} MB", row.licence, origin
-        )
+        table.add_row(row.name, row.kind, row.what, row.language, f"{row.megabytes:g} MB", row.licence)
     for test in multiple_choice.BENCHMARKS:
-        origin = f"{multiple_choice.PACKAGE.name} {multiple_choice.PACKAGE.version}"
         what = f"{test.num_questions:,} questions, {test.num_choices} choices (evaluation only)"
-        table.add_row(test.name, "benchmark", what, "en", "", multiple_choice.LICENCE, origin)
+        table.add_row(test.name, "benchmark", what, "en", "", multiple_choice.LICENCE)
     console.print(table)
 
 
@@ -138,7 +138,9 @@ def _stats(args: argparse.Namespace, console: Console) -> None:
 
 
 def _yield_table(name: str, account: dict[str, Any]) -> Table:
-    table = Table(Text(name), Text("documents", justify="right"), Text("bytes", justify="right"), box=None)
+    table = Table(
+        Column(Text(name)), Column("documents", justify="right"), Column("bytes", justify="right"), box=None
+    )
     table.add_row("read", f"{account['read']:,}", "")
     table.add_row("more, from cutting long ones", f"{account['cut']:,}", "")
     for side, count in account["kept"].items():

@@ -204,6 +204,7 @@ def _is_wanted(file: Path, drops: Drops) -> bool:
 def _counted(file: Path, found: Iterator[Example], drops: Drops, bad: Drops | None) -> Iterator[Example]:
     """The examples of one file; an empty one counted, and, given `bad`, one that cannot be read as well."""
     is_empty = True
+    num_bad = bad.counts.total() if bad else 0
     try:
         for example in found:
             is_empty = False
@@ -213,7 +214,7 @@ def _counted(file: Path, found: Iterator[Example], drops: Drops, bad: Drops | No
             raise
         bad.add("file that cannot be used", str(error))
         return
-    if is_empty:
+    if is_empty and num_bad == (bad.counts.total() if bad else 0):
         drops.add("empty file", str(file))
 
 

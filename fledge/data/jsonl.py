@@ -1,7 +1,7 @@
 """JSON lines, one record each: `{"text"}`, `{"messages": [{"role", "content"}]}`, or `{"prompt", "completion"}`.
 
 Those are the types of TRL and Hugging Face (language modelling, conversational, prompt-completion). A line may carry
-"source", "id" and "licence"; other keys are left alone.
+an "id" and its "licence"; other keys are left alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def file_examples(path: Path, source: str, *, bad: Drops | None = None) -> Itera
         where = f"{path}, line {number}"
         try:
             record = _parse(line, where)
-            yield record_example(record, source, f"{path.name}:{number}", USER_LICENCE, where=where)
+            identity, licence = (
+                _told(record, "id", f"{path.name}:{number}"),
+                _told(record, "licence", USER_LICENCE),
+            )
+            yield record_example(record, source, identity, licence, where=where)
         except DataError:
             if bad is None:
                 raise
@@ -64,6 +68,11 @@ def example_to_json(example: Example) -> dict[str, Any]:
         messages = example.conversation.messages
         content = {"messages": [{"role": message.role, "content": message.text} for message in messages]}
     return {**content, "source": origin.source, "id": origin.id, "licence": origin.licence}
+
+
+def _told(record: Mapping[str, Any], key: str, otherwise: str) -> str:
+    value = record.get(key)
+    return str(value) if isinstance(value, str | int) else otherwise
 
 
 def _parse(line: str, where: str) -> Mapping[str, Any]:

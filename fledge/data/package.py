@@ -16,13 +16,15 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fledge.errors import DataError
 from fledge.files import sha256_file, sync
+
+Client = Callable[[Sequence[str], Path], subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ def package_path(package: Package, cache: Path) -> Path:
     return cache / "packages" / package.file
 
 
-def fetch(package: Package, cache: Path) -> Path:
+def fetch(package: Package, cache: Path, client: Client | None = None) -> Path:
     """The verified archive in the cache, downloaded if it is not there yet.
 
     Raises `DataError` when the archive there is not the pinned one, or cannot be fetched. The download goes to a
-    folder of its own and moves into place by one rename, so an interruption leaves nothing half-made.
+    folder of its own and moves into place by one rename, so an interruption leaves nothing half-made. `client` runs the
+    package client's command in a folder; by default as a process.
     """
     path = package_path(package, cache)
     if path.is_file():
@@ -69,7 +72,7 @@ def fetch(package: Package, cache: Path) -> Path:
             f"cannot write to {path.parent}: {error.strerror}; set FLEDGE_HOME to a writable folder"
         ) from error
     try:
-        _download(package, workplace, path)
+        _download(package, workplace, path, client or _run_client)
         arrived = _arrival(package, workplace, path)
         sync(arrived)
         arrived.replace(path)
@@ -131,10 +134,10 @@ def member_text(package: Package, member: str, cache: Path) -> str:
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
 
 
-def _download(package: Package, workplace: Path, path: Path) -> None:
+def _download(package: Package, workplace: Path, path: Path, client: Client) -> None:
     command = client_command(package, workplace)
     try:
-        done = _run_client(command, workplace)
+        done = client(command, workplace)
     except FileNotFoundError as error:
         raise _cannot_fetch(package, path, command, f"{command[0]} is not installed") from error
     if done.returncode != 0:

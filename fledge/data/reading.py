@@ -74,20 +74,21 @@ def text_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     offset = 0
     with open_binary(path) as file:
         while True:
-            block = _read(file, path, block_bytes)
-            if offset == 0:
-                block = block.removeprefix(codecs.BOM_UTF8)
-            _refuse_nul(path, block, offset)
+            raw = _read(file, path, block_bytes)
+            block = raw.removeprefix(codecs.BOM_UTF8) if offset == 0 else raw
+            _refuse_nul(path, raw, offset)
             pending = len(decoder.getstate()[0])
             try:
-                text = newlines.decode(block, final=not block)
+                text = newlines.decode(block, final=not raw)
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, offset - pending + error.start, error) from error
+                raise _not_utf8(
+                    path, offset + len(raw) - len(block) - pending + error.start, error
+                ) from error
             if text:
                 yield text
-            if not block:
+            if not raw:
                 return
-            offset += len(block)
+            offset += len(raw)
 
 
 def lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
