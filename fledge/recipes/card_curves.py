@@ -87,19 +87,28 @@ def thin_curve(curve: Curve) -> Curve:
 
 
 def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
-    """At most `max_points` of the points, the lowest and highest of every bucket among them, with a trend."""
+    """At most `max_points` of the points, the lowest and highest of every bucket among them, with a trend.
+
+    Six significant digits are kept; a drawing has room for three.
+    """
     count = len(series.x)
-    if count < SMOOTH_FROM or series.smooth:
+    if series.smooth:
         return series
+    if count < SMOOTH_FROM:
+        return Series(series.name, series.x, tuple(_rounded(y) for y in series.y))
     values = np.array([math.nan if y is None else y for y in series.y])
     trend = _centred_mean(values, max(5, count // 25) | 1)
     kept = np.arange(count) if count <= max_points else _extremes(values, max_points // 2)
     return Series(
         series.name,
         tuple(series.x[i] for i in kept),
-        tuple(series.y[i] for i in kept),
-        tuple(None if math.isnan(trend[i]) else float(trend[i]) for i in kept),
+        tuple(_rounded(series.y[i]) for i in kept),
+        tuple(_rounded(float(trend[i])) for i in kept),
     )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(f"{value:.6g}")
 
 
 def _look_up(plan: Any, path: str) -> float | None:
@@ -131,7 +140,7 @@ def _centred_mean(values: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, 
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(len(values))
     # Near an end the window shrinks so that it stays centred, but not below a third: a trend may lean, not jump.
-    reach = np.clip(np.minimum(at, len(values) - 1 - at), window // 6, window // 2)
+    reach = np.clip(np.minimum(at, len(values) - 1 - at), max(1, window // 6), window // 2)
     first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
     found = counts[last] - counts[first]
     means = (totals[last] - totals[first]) / np.maximum(found, 1)

@@ -122,6 +122,8 @@ def column(cells: Sequence[Cell], title: str) -> list[str]:
     ]
     whole = all(float(value).is_integer() for value in floats)
     decimals = 1 if share else 0 if whole else decimals_for(floats)
+    while not share and decimals > 0 and all(round(v, decimals) == round(v, decimals - 1) for v in floats):
+        decimals -= 1
     return [_cell(cell, share, decimals) for cell in cells]
 
 

@@ -18,6 +18,7 @@ from fledge.recipes.charts import number, text
 from fledge.recipes.runs import Manifest, read_manifest
 
 _COLUMN, _NODE_WIDTH, _NODE_HEIGHT, _ROW = 126.0, 104.0, 54.0, 78.0
+_MARGIN = 44.0  # above and below, for edges that go around a box
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def lineage_svg(nodes: Sequence[LineageNode]) -> str:
         columns.setdefault(depth[node.id], []).append(node)
     rows = max(len(column) for column in columns.values())
     width = _COLUMN * (max(columns) + 1) - (_COLUMN - _NODE_WIDTH) + 8
-    height = _ROW * rows + 34
+    height = _ROW * rows + 2 * _MARGIN
     places: dict[str, tuple[float, float]] = {}
     for column, members in columns.items():
         for row, node in enumerate(members):
@@ -110,7 +111,9 @@ def _checkpoints(run: Path, stage: str, manifest: Manifest) -> list[_Found]:
     found = []
     for folder in folders:
         info, files = read_info(folder)
-        name = kind_of(stage).title if folder.name == "model" else f"{kind_of(stage).title} {folder.name}"
+        kind = kind_of(stage)
+        name = kind.short or kind.title
+        name = name if folder.name == "model" else f"{name} {folder.name}"
         node_id = str(folder.relative_to(run))
         node = LineageNode(node_id, name, stage, "weights", files["model.safetensors"], ())
         listed = manifest.inputs if folder.name == "model" else {}
@@ -181,24 +184,43 @@ def _drawn(node: LineageNode, ancestors: Mapping[str, frozenset[str]]) -> list[L
 
 
 def _edge(node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[float, float]]) -> str:
+    """A curve from the parent's right to the child's left; one that skips a column says its role."""
     assert parent.node is not None
     start_x, start_y = places[parent.node]
     end_x, end_y = places[node.id]
     start_x += _NODE_WIDTH
     bend = max(14.0, (end_x - start_x) / 2)
-    # A long edge along one row would run through the boxes between: it goes below them.
-    bow = 0.0 if end_x - start_x < _COLUMN or abs(end_y - start_y) > 1 else _NODE_HEIGHT
+    middle_y = (start_y + end_y) / 2
+    bow = _bow((start_x, start_y), (end_x, end_y), list(places.values()))
     path = (
         f"M{number(start_x)} {number(start_y)}C{number(start_x + bend)} {number(start_y + bow)} "
         f"{number(end_x - bend)} {number(end_y + bow)} {number(end_x - 1)} {number(end_y)}"
     )
-    title = f"{parent.role}: {parent.sha256}"
-    return f'<path class="edge" d="{path}"><title>{text(title)}</title></path>'
+    drawn = f'<path class="edge" d="{path}"><title>{text(f"{parent.role}: {parent.sha256}")}</title></path>'
+    if end_x - start_x < _COLUMN or not parent.declared:
+        return drawn
+    at = f'x="{number((start_x + end_x) / 2)}" y="{number(middle_y + 0.75 * bow - 5)}"'
+    return drawn + f'<text class="t-role" {at} text-anchor="middle">{text(parent.role)}</text>'
+
+
+def _bow(start: tuple[float, float], end: tuple[float, float], boxes: Sequence[tuple[float, float]]) -> float:
+    """How far the curve's control points must move so that it passes around the boxes between its ends.
+
+    A cubic whose inner control points are moved by b moves by 3b/4 in its middle.
+    """
+    between = [(x, y) for x, y in boxes if start[0] < x and x + _NODE_WIDTH < end[0]]
+    slope = (end[1] - start[1]) / (end[0] - start[0])
+    clear = _NODE_HEIGHT / 2 + 8
+    if not any(abs(start[1] + slope * (x + _NODE_WIDTH / 2 - start[0]) - y) < clear for x, y in between):
+        return 0.0
+    upward = end[1] < start[1]
+    limit = min(y for _, y in between) - clear if upward else max(y for _, y in between) + clear
+    return (limit - (start[1] + end[1]) / 2) / 0.75
 
 
 def _box(node: LineageNode, place: tuple[float, float]) -> str:
     x, top = place[0], place[1] - _NODE_HEIGHT / 2
-    colour, title = stage_colour(node.stage), say.shorten(node.title, 7.6)
+    colour, title = stage_colour(node.stage), say.shorten(node.title, 6.9)
     return (
         f"<g><title>{text(f'{node.title}: {node.sha256}')}</title>"
         f'<rect class="node" x="{number(x)}" y="{number(top)}" width="{_NODE_WIDTH}" height="{_NODE_HEIGHT}" rx="6"/>'

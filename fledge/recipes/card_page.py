@@ -77,8 +77,8 @@ def render_html(card: Card) -> str:
     numbers = {stage.name: number for stage, number in zip(card.stages, _numbers(card.stages), strict=True)}
     page: str = environment.get_template("card.html.j2").render(
         card=card,
-        ring=Markup(ring_picture(card)),
-        small_ring=Markup(ring_picture(card, labelled=False)),
+        ring=Markup(ring_picture(card, theme="inherit")),
+        small_ring=Markup(ring_picture(card, theme="inherit", labelled=False)),
         lineage=Markup(lineage_svg(card.lineage)),
         numbers=numbers,
         fonts=Markup(FONTS),

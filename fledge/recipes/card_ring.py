@@ -14,7 +14,7 @@ from typing import Literal
 from fledge.recipes import card_format as say
 from fledge.recipes.charts import number, text
 
-Theme = Literal["auto", "light", "dark"]
+Theme = Literal["inherit", "auto", "light", "dark"]
 
 # Eight hues of one lightness (OKLCH 0.535 and 0.76): white on the first row and near-black on the second row pass
 # WCAG AA (4.5:1), and no two neighbours are alike to a colour-blind eye since every segment also carries its number.
@@ -57,11 +57,12 @@ class Centre:
 
 
 def ring_svg(centre: Centre, stops: Sequence[Stop], *, theme: Theme = "auto", labelled: bool = True) -> str:
-    """One self-contained `<svg>` with its own style; "auto" follows the reader's light or dark setting.
+    """One self-contained `<svg>` with its own style; "auto" follows the reader's light or dark setting,
+    "inherit" leaves the colours to the page around it (`theme_variables`).
 
     Without labels it is square, for narrow screens, and only numbers the stages.
     """
-    width, height = (1000.0, 600.0) if labelled else (480.0, 480.0)
+    width, height = (1040.0, 600.0) if labelled else (480.0, 480.0)
     middle = (width / 2, height / 2)
     body = [_arrow(middle, index, len(stops), stop) for index, stop in enumerate(stops)]
     body.append(_band(middle, stops))
@@ -88,6 +89,8 @@ def _style(theme: Theme) -> str:
             f".ring{{{theme_variables('light')}}}"
             f"@media(prefers-color-scheme:dark){{.ring{{{theme_variables('dark')}}}}}"
         )
+    elif theme == "inherit":
+        variables = ""
     else:
         variables = f".ring{{{theme_variables(theme)}}}"
     return variables + (
@@ -182,7 +185,7 @@ def _label(middle: tuple[float, float], index: int, count: int, stop: Stop) -> s
     room = ((2 * middle[0] - x) if side > 0 else x) - 16
     shown = say.shorten(stop.figure, max(4.0, room / 25))
     unit = say.shorten(stop.unit, max(2.0, (room - 25 * say.columns_wide(shown)) / 14))
-    label = say.shorten(stop.label, max(0.0, (room - 17 * say.columns_wide(stop.title) - 8) / 14))
+    label = say.shorten(stop.label, max(0.0, (room - 16.5 * say.columns_wide(stop.title) - 8) / 13))
     below = [
         f'<text class="r-quiet" {at} y="{number(y + 30 + 19 * row)}">{_cut(line, room / 14)}</text>'
         for row, line in enumerate(stop.lines)

@@ -96,6 +96,7 @@ class StageKind:
     blurb: str
     charts: tuple[Chart, ...] = ()
     part_of: str | None = None
+    short: str | None = None  # where the title is too long
 
 
 STAGES = (
@@ -110,7 +111,11 @@ STAGES = (
         "code", "Code", "Pretraining goes on with more code, some of it with the middle to fill in.", LANGUAGE
     ),
     StageKind(
-        "sft", "Supervised fine-tuning", "It learns to answer, from conversations between people.", LANGUAGE
+        "sft",
+        "Supervised fine-tuning",
+        "It learns to answer, from conversations between people.",
+        LANGUAGE,
+        short="SFT",
     ),
     StageKind("rankings", "Rankings", "Answers of people and of earlier stages, ranked.", (), "reward"),
     StageKind("reward", "Reward model", "A copy learns to rank answers as people would.", RANKING),

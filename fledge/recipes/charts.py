@@ -159,7 +159,7 @@ def _visible(curve: Curve) -> list[float]:
     low, high = min(values), max(values)
     reach = (high - low) or abs(high) or 1.0
     near = [r.value for r in curve.references if low - reach <= r.value <= high + reach]
-    return values + near
+    return values + near + [value + 0.15 * reach for value in near]  # room for the label above the line
 
 
 def _inside(value: float, axis: Axis) -> bool:
@@ -206,8 +206,7 @@ def _reference(reference: Reference, y_axis: Axis) -> str:
     y = y_axis(reference.value)
     ends = f'x1="{number(_LEFT)}" x2="{number(WIDTH - _RIGHT)}" y1="{number(y)}" y2="{number(y)}"'
     line = f'<line class="reference" {ends}/>'
-    above = y - 4 if y > _TOP + 14 else y + 12
-    return line + _label(WIDTH - _RIGHT, above, reference.label, "t-reference", "end")
+    return line + _label(WIDTH - _RIGHT, y - 4, reference.label, "t-reference", "end")
 
 
 def _line(series: Series, x_axis: Axis, y_axis: Axis, colour: int) -> str:

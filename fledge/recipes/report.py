@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 from fledge.config import from_json, to_json
 from fledge.errors import RunError
+from fledge.files import write_json
 
 CellT = TypeVar("CellT")
 Comparison = Literal["<", "<=", ">", ">="]
@@ -185,16 +186,16 @@ class Claim:
     unit: str = ""
     note: str = ""
 
+    reached: bool | None = None
+
     def __post_init__(self) -> None:
         if self.comparison not in _HOLDS:
-            raise ValueError(
-                f"claim '{self.text}': comparison '{self.comparison}' is none of {', '.join(_HOLDS)}"
-            )
+            raise ValueError(f"claim '{self.text}': '{self.comparison}' is none of {', '.join(_HOLDS)}")
         object.__setattr__(self, "value", _finite(self.value))
-
-    @property
-    def reached(self) -> bool:
-        return self.value is not None and _HOLDS[self.comparison](self.value, self.threshold)
+        holds = self.value is not None and _HOLDS[self.comparison](self.value, self.threshold)
+        if self.reached not in (None, holds):
+            raise ValueError(f"claim '{self.text}' says reached={self.reached}, but its value says {holds}")
+        object.__setattr__(self, "reached", holds)
 
 
 @dataclass(frozen=True)
@@ -244,10 +245,8 @@ class StageReport:
 
 
 def write_report(path: Path, report: StageReport) -> None:
-    """Write `report.json` whole or not at all (temporary name, then renamed)."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(to_json(report), ensure_ascii=False, allow_nan=False, indent=1), "utf-8")
-    temporary.replace(path)
+    """Write `report.json`, whole or not at all."""
+    write_json(path, to_json(report))
 
 
 def read_report(path: Path) -> StageReport:
