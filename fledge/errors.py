@@ -1,15 +1,15 @@
 """fledge's exceptions.
 
-    ValueError
-      UserError              what was given, what was expected, what to do: one line, exit code 2, no traceback
-        ConfigError          an unknown key, a wrong type, a contradiction in a recipe or an override
-        DataError            a file or record that cannot be used
-        TokenizerError       a tokenizer that cannot be trained, loaded or used as asked
-        CheckpointError      an artifact that is missing, truncated, altered or of another make
-        RunError             a run folder that is busy, full, changed or unknown
-    RuntimeError
-      TrainingHalted         training met NaN or a broken invariant; the offending batch is on disk
-      Interrupted            Ctrl-C or SIGTERM arrived; the state is saved
+ValueError
+  UserError              what was given, what was expected, what to do: one line, exit code 2, no traceback
+    ConfigError          an unknown key, a wrong type, a contradiction in a recipe or an override
+    DataError            a file or record that cannot be used
+    TokenizerError       a tokenizer that cannot be trained, loaded or used as asked
+    CheckpointError      an artifact that is missing, truncated, altered or of another make
+    RunError             a run folder that is busy, full, changed or unknown
+RuntimeError
+  TrainingHalted         training met NaN or a broken invariant; the offending batch is on disk
+  Interrupted            Ctrl-C or SIGTERM arrived; the state is saved
 """
 
 

@@ -175,10 +175,9 @@ def scale_of(depth: int) -> Scale:
     """Width, heads, rows, tokens and rates of a model of `depth` layers.
 
     Width is 32 x depth, in heads of 64 (Kaplan et al. 2020, figure 5: loss is flat in the aspect ratio). Tokens grow
-    with the trunk's parameters (Hoffmann et al. 2022: in equal proportion). Rows a step grow with tokens^0.38 (Bergsma et
-    al. 2025, "Power Lines": critical batch as a power of the data). Adam's rates fall with 1/sqrt(width) (Yang et al.
-    2022 give 1/width for hidden matrices under Adam; those are Muon's here, which needs no change); the trial that
-    fixed the rates was 128 wide.
+    with the trunk's parameters (Hoffmann et al. 2022: in equal proportion). Rows a step grow with tokens^0.38
+    (Bergsma et al. 2025, "Power Lines": the critical batch as a power of the data). All rates fall with 1/sqrt(width),
+    as those of Adam's embeddings and head do in nanochat; the trial that fixed them was 128 wide.
     """
     num_heads = max(1, -(-32 * depth // 64))
     width = 64 * num_heads

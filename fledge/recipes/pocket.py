@@ -1,4 +1,4 @@
-"""`pocket`: the whole ring on two CPU cores in minutes. `sprout` is the same ring in seconds, to try an idea or a machine.
+"""`pocket`: the whole ring on two CPU cores in minutes. `sprout`: the same ring in seconds, to try a machine.
 
 Rates and the length of every stage come from trials on such a machine (docs/pretraining.md, docs/log.md).
 """

@@ -22,7 +22,7 @@ from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.plan import RingPlan
 from fledge.recipes.pocket import pocket, sprout
 from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
-from fledge.recipes.runs import locked, open_run
+from fledge.recipes.runs import SERVED_STAGES, locked, open_run
 from fledge.recipes.stage_corpus import corpus_stage, tokenizer_stage
 from fledge.recipes.stage_evaluation import evaluation_stage
 from fledge.recipes.stage_ppo import ppo_stage
@@ -43,7 +43,7 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("sprout", "the whole ring in about a minute, to see that everything works; it learns next to nothing", sprout),
+    Recipe("sprout", "the whole ring in a minute, to see that everything works; learns next to nothing", sprout),
     Recipe("pocket", "the whole ring on two CPU cores in about ten minutes", pocket),
     Recipe("fledgling", "the same ring with more of everything: an evening on two cores, minutes on a GPU", fledgling),
 )
@@ -58,7 +58,7 @@ RING: tuple[Stage[RingPlan], ...] = (
     Stage("reward", ("sft", "rankings"), reward_stage),
     Stage("gold", ("sft", "rankings"), gold_stage),
     Stage("ppo", ("corpus", "tokenizer", "sft", "reward", "gold"), ppo_stage),
-    Stage("evaluation", ("corpus", "tokenizer", "rankings", "pretrain", "code", "sft", "reward", "gold", "ppo"), evaluation_stage),
+    Stage("evaluation", ("corpus", "tokenizer", "rankings", *SERVED_STAGES, "reward", "gold"), evaluation_stage),
 )  # fmt: skip
 
 

@@ -53,7 +53,9 @@ class Manifest:
 def run_path(name: str, runs: Path) -> Path:
     """`runs/NAME`; `RunError` if NAME could not be a folder's name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise RunError(f"'{name}' cannot name a run; use letters, digits, '.', '_' and '-', beginning with the first two")
+        raise RunError(
+            f"'{name}' cannot name a run; use letters, digits, '.', '_' and '-', beginning with the first two"
+        )
     return runs / name
 
 
@@ -98,7 +100,12 @@ def open_run(name: str, plan: Mapping[str, Any], runs: Path) -> tuple[Path, str 
         path = run_path(candidate, runs)
         if not (path / "plan.json").is_file():
             write_json(path / "plan.json", plan)
-            return path, None if number == 1 else f"the plan of '{name}' has changed: starting a new run, '{candidate}'"
+            return (
+                path,
+                None
+                if number == 1
+                else f"the plan of '{name}' has changed: starting a new run, '{candidate}'",
+            )
         if _read_json(path / "plan.json") == json.loads(json.dumps(plan)):
             return path, None if number == 1 else f"the plan of '{name}' differs: going on with '{candidate}'"
     raise RunError(f"{runs}: a thousand runs are named after '{name}'; choose another name with --name")
@@ -113,7 +120,9 @@ def locked(path: Path) -> Iterator[None]:
         except BlockingIOError as error:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
-            raise RunError(f"{path}: in use by process {holder}; wait for it, or raise another run with --name") from error
+            raise RunError(
+                f"{path}: in use by process {holder}; wait for it, or raise another run with --name"
+            ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -133,7 +142,9 @@ def read_manifest(stage_path: Path) -> Manifest | None:
     try:
         return Manifest(**{**data, "cost": Cost(**data["cost"])})
     except (TypeError, KeyError) as error:
-        raise RunError(f"{path}: damaged ({error}); remove {stage_path} and run the same command again") from error
+        raise RunError(
+            f"{path}: damaged ({error}); remove {stage_path} and run the same command again"
+        ) from error
 
 
 def verify_outputs(stage_path: Path, manifest: Manifest) -> None:
@@ -156,7 +167,9 @@ def hash_outputs(stage_path: Path) -> dict[str, str]:
     """sha256 of every file below a stage's folder but for its training states and its manifest."""
     files = sorted(entry for entry in stage_path.rglob("*") if entry.is_file())
     names = [str(entry.relative_to(stage_path)) for entry in files]
-    kept = [name for name in names if not name.startswith(("state-", "manifest.json")) and ".writing" not in name]
+    kept = [
+        name for name in names if not name.startswith(("state-", "manifest.json")) and ".writing" not in name
+    ]
     return {name: sha256_file(stage_path / name) for name in kept}
 
 
@@ -164,4 +177,6 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: damaged ({error}); remove it or its folder and run the same command again") from error
+        raise RunError(
+            f"{path}: damaged ({error}); remove it or its folder and run the same command again"
+        ) from error

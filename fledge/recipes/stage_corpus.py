@@ -10,9 +10,9 @@ import numpy as np
 
 from fledge.data.catalogue import source
 from fledge.data.corpus import Corpus, Ingredient, tokenize_corpus, tokenizer_sample, write_corpus
+from fledge.data.filters import example_text
 from fledge.data.gpt2_vocabulary import load_gpt2
 from fledge.data.package import cache_home
-from fledge.data.filters import example_text
 from fledge.data.shards import Shards
 from fledge.errors import DataError
 from fledge.recipes.chats import part_of

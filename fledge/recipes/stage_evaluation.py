@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from fledge.data.shards import Shards
@@ -106,7 +107,7 @@ def _win_rates(
     asked = Asked([prompt.conversation for prompt in found], context.plan.ppo.response_length)
     scores = {name: judge(gold, sft.renderer, asked, said) for name, said in answers.items()}
     measured = {}
-    for before, after in zip(STAGES[:-1], STAGES[1:], strict=True):
+    for before, after in pairwise(STAGES):
         measured[f"{after} over {before}"] = win_rate.evaluate_scores(
             (scores[after], scores[before]),
             [c.text for c in answers[after]],

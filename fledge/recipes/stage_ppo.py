@@ -23,7 +23,6 @@ from fledge.train.compile import compiled
 from fledge.train.metrics import JsonLines
 from fledge.types import Metrics
 
-
 # Four graphs (with and without gradients, two kinds of model) take most of a minute to compile; they save a third.
 COMPILED_FROM_EPISODES = 10_000
 

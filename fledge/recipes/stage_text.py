@@ -21,7 +21,7 @@ from fledge.recipes.chats import windows
 from fledge.recipes.plan import FitPlan
 from fledge.recipes.report import Claim, Fact, Table
 from fledge.recipes.stage_corpus import Texts, chats_of, document_numbers, open_texts, validation_texts
-from fledge.recipes.training import Context, Course, new_model, next_token, save_stage_model, train
+from fledge.recipes.training import Context, Course, initialised, next_token, save_stage_model, train
 from fledge.text.chat import conversation_piece
 from fledge.train.loop import Pairs, TrainState
 from fledge.train.metrics import FLOPS_FORMULA
@@ -35,7 +35,7 @@ def pretrain_stage(context: Context) -> None:
     """From random weights to a base model on prose (with code from the first token if the plan says so)."""
     plan, texts = context.plan.pretrain, open_texts(context)
     fit = plan.fit
-    model = new_model(context, texts.tokenizer)
+    model = initialised(context.plan, texts.tokenizer.vocab_size).to(context.device)
     prose = _packed(context, texts, texts.prose, fit)
     rows: RowSource = prose
     if plan.code_share:
@@ -204,7 +204,7 @@ def _validating(
 
 @torch.no_grad()
 def _validation_loss(model: nn.Module, texts: Texts, held_out: PackedRows, fit: FitPlan) -> float:
-    """Nats per target over the first `VALIDATION_ROWS` rows. Eager: compiling a second, gradient-free graph costs more."""
+    """Nats per target over the first `VALIDATION_ROWS` rows. Eager: compiling a gradient-free graph would cost more."""
     objective = NextToken(fit.row_length, texts.tokenizer.pad_id)
     device = next(model.parameters()).device
     was_training = model.training

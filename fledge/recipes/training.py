@@ -38,15 +38,16 @@ class Course:
     callbacks: Sequence[tuple[int, Callback]] = ()
 
 
-def new_model(context: Context, tokenizer: Tokenizer) -> nn.Module:
-    """The plan's model for this vocabulary, initialised from the plan's seed."""
-    plan = context.plan
+def initialised(plan: RingPlan, vocab_size: int, *, device: str = "cpu") -> nn.Module:
+    """The plan's model for a vocabulary, drawn from the plan's seed; on "meta" it has shapes only."""
     config_class, model_class = load_family(plan.family)
-    config = from_json(config_class, {**plan.model, "vocab_size": tokenizer.vocab_size}, path="model")
-    model: Any = model_class(config)
-    model.init_weights(torch.Generator().manual_seed(plan.seed))
-    trained: nn.Module = model.to(context.device)
-    return trained
+    config = from_json(config_class, {**plan.model, "vocab_size": vocab_size}, path="model")
+    with torch.device(device):
+        model: Any = model_class(config)
+    if device != "meta":
+        model.init_weights(torch.Generator().manual_seed(plan.seed))
+    built: nn.Module = model
+    return built
 
 
 def train(context: Context, model: nn.Module, course: Course) -> TrainState:
