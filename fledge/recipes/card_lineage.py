@@ -17,8 +17,8 @@ from fledge.recipes.card_stages import STAGES, kind_of
 from fledge.recipes.charts import number, text
 from fledge.recipes.runs import Manifest, read_manifest
 
-_COLUMN, _NODE_WIDTH, _NODE_HEIGHT, _ROW = 126.0, 104.0, 54.0, 78.0
-_MARGIN = 44.0  # above and below, for edges that go around a box
+_COLUMN, _NODE_WIDTH, _NODE_HEIGHT, _ROW = 126.0, 110.0, 54.0, 92.0
+_MARGIN = 48.0  # above and below, for edges that go around a box
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,11 @@ def lineage_svg(nodes: Sequence[LineageNode]) -> str:
         for row, node in enumerate(members):
             y = height / 2 + (row - (len(members) - 1) / 2) * _ROW
             places[node.id] = (4 + column * _COLUMN, y)
-    body = [_edge(node, parent, places) for node in nodes for parent in _drawn(node, ancestors)]
+    links = [(node, parent) for node in nodes for parent in _drawn(node, ancestors)]
+    drawn = [_edge(node, parent, places) for node, parent in links]
+    body = [edge for edge, _ in drawn]
     body += [_box(node, places[node.id]) for node in nodes]
+    body += [role for _, role in drawn]
     told = "; ".join(f"{n.title} {n.sha256[:12]}" for n in nodes)
     return (
         f'<svg class="lineage" viewBox="0 0 {number(width)} {number(height)}" width="{number(width)}" '
@@ -183,8 +186,10 @@ def _drawn(node: LineageNode, ancestors: Mapping[str, frozenset[str]]) -> list[L
     return list(kept.values())
 
 
-def _edge(node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[float, float]]) -> str:
-    """A curve from the parent's right to the child's left; one that skips a column says its role."""
+def _edge(
+    node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[float, float]]
+) -> tuple[str, str]:
+    """A curve from the parent's right to the child's left, and its role if it skips a column ("" otherwise)."""
     assert parent.node is not None
     start_x, start_y = places[parent.node]
     end_x, end_y = places[node.id]
@@ -198,9 +203,9 @@ def _edge(node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[f
     )
     drawn = f'<path class="edge" d="{path}"><title>{text(f"{parent.role}: {parent.sha256}")}</title></path>'
     if end_x - start_x < _COLUMN or not parent.declared:
-        return drawn
-    at = f'x="{number((start_x + end_x) / 2)}" y="{number(middle_y + 0.75 * bow - 5)}"'
-    return drawn + f'<text class="t-role" {at} text-anchor="middle">{text(parent.role)}</text>'
+        return drawn, ""
+    at = f'x="{number((start_x + end_x) / 2)}" y="{number(middle_y + 0.75 * bow + (13 if bow > 0 else -5))}"'
+    return drawn, f'<text class="t-role" {at} text-anchor="middle">{text(parent.role)}</text>'
 
 
 def _bow(start: tuple[float, float], end: tuple[float, float], boxes: Sequence[tuple[float, float]]) -> float:
@@ -210,7 +215,7 @@ def _bow(start: tuple[float, float], end: tuple[float, float], boxes: Sequence[t
     """
     between = [(x, y) for x, y in boxes if start[0] < x and x + _NODE_WIDTH < end[0]]
     slope = (end[1] - start[1]) / (end[0] - start[0])
-    clear = _NODE_HEIGHT / 2 + 8
+    clear = _NODE_HEIGHT / 2 + 20
     if not any(abs(start[1] + slope * (x + _NODE_WIDTH / 2 - start[0]) - y) < clear for x, y in between):
         return 0.0
     upward = end[1] < start[1]

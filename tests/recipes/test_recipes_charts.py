@@ -107,6 +107,15 @@ def test_thinning_keeps_the_extremes_and_both_ends(values: list[float], limit: i
     assert list(thinned.x) == sorted(thinned.x)
 
 
+def test_a_single_spike_survives_thinning() -> None:
+    values = [math.sin(step / 50) for step in range(5000)]
+    values[1234], values[4321] = 9.0, -9.0
+    thinned = thin(Series.of("s", range(5000), values))
+    assert len(thinned.x) <= 400
+    assert dict(zip(thinned.x, thinned.y, strict=True))[1234] == 9.0
+    assert dict(zip(thinned.x, thinned.y, strict=True))[4321] == -9.0
+
+
 def test_the_trend_of_a_straight_line_is_that_line_away_from_its_ends() -> None:
     thinned = thin(Series.of("s", range(101), [2.0 * x for x in range(101)]))
     assert thinned.smooth[10:-10] == pytest.approx(tuple(2.0 * x for x in thinned.x[10:-10]))
