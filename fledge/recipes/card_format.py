@@ -132,12 +132,18 @@ def against(claim: Claim) -> tuple[str, str]:
     scale = 100.0 if claim.unit == "%" else 1.0
     threshold = claim.threshold * scale
     if claim.value is None:
-        return "not measured", _trimmed(threshold, 6)
+        return "not measured", _threshold(threshold, 3)
     value = claim.value * scale
     decimals = 1 if scale > 1 else min(3, decimals_for([value, threshold]))
     while value != threshold and decimals < 12 and f"{value:.{decimals}f}" == f"{threshold:.{decimals}f}":
         decimals += 1
-    return f"{value:,.{decimals}f}".replace("-", "−"), _trimmed(threshold, max(decimals, 6))
+    return f"{value:,.{decimals}f}".replace("-", "−"), _threshold(threshold, decimals)
+
+
+def _threshold(value: float, decimals: int) -> str:
+    """A threshold that someone chose stands as chosen; one that was computed is rounded like the value beside it."""
+    is_chosen = math.isclose(value, round(value, 4), rel_tol=1e-12)
+    return _trimmed(value, max(decimals, 4) if is_chosen else max(decimals, 3))
 
 
 def day(stamp: str | None) -> str:

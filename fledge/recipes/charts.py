@@ -63,12 +63,14 @@ def line_chart(curve: Curve) -> str:
     points = [(x, y) for s in curve.series for x, y in zip(s.x, s.y, strict=True) if y is not None]
     if not points:
         return _nothing(curve.title)
-    x_axis = _axis([x for x, _ in points], _LEFT, WIDTH - _RIGHT, padding=0.0)
     y_axis = _axis(_visible(curve), _HEIGHT - _BOTTOM, _TOP, padding=0.06)
-    body = [_grid(x_axis, y_axis, curve.x_label, curve.y_label)]
-    body += [
-        _reference(reference, y_axis) for reference in curve.references if _inside(reference.value, y_axis)
-    ]
+    longest = max((len(label) for label in _tick_labels(y_axis.ticks(4))), default=0)
+    left = max(_LEFT, 12 + 6.6 * longest)
+    x_axis = _axis([x for x, _ in points], left, WIDTH - _RIGHT, padding=0.0)
+    is_whole = all(float(x).is_integer() for x, _ in points)
+    body = [_grid(x_axis, y_axis, curve, is_whole)]
+    shown = [reference for reference in curve.references if _inside(reference.value, y_axis)]
+    body += [_reference(reference, x_axis, y_axis) for reference in shown]
     box = f'x="0" y="0" width="{number(WIDTH)}" height="{number(y_axis.start)}"'
     lines = [_line(series, x_axis, y_axis, i % NUM_COLOURS) for i, series in enumerate(curve.series)]
     body.append(f"<svg {box}>{''.join(lines)}</svg>")  # an inner svg cuts off what lies beyond it
@@ -166,24 +168,23 @@ def _inside(value: float, axis: Axis) -> bool:
     return axis.low <= value <= axis.high
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
-    bottom, right = y_axis.start, x_axis.stop
+def _grid(x_axis: Axis, y_axis: Axis, curve: Curve, is_whole: bool) -> str:
+    """Lines across, labels on both axes; where x counts something (`is_whole`) it has whole ticks only."""
+    bottom, left, right = y_axis.start, x_axis.start, x_axis.stop
     parts = []
     y_ticks = y_axis.ticks(4)
     for value, label in zip(y_ticks, _tick_labels(y_ticks), strict=True):
         y = number(y_axis(value))
-        parts.append(f'<line class="grid" x1="{number(_LEFT)}" x2="{number(right)}" y1="{y}" y2="{y}"/>')
-        parts.append(_label(_LEFT - 6, y_axis(value) + 3.5, label, "t-tick", "end"))
-    x_ticks = x_axis.ticks(4)
+        parts.append(f'<line class="grid" x1="{number(left)}" x2="{number(right)}" y1="{y}" y2="{y}"/>')
+        parts.append(_label(left - 6, y_axis(value) + 3.5, label, "t-tick", "end"))
+    x_ticks = [tick for tick in x_axis.ticks(4) if not is_whole or tick == round(tick)]
     for value, label in zip(x_ticks, _tick_labels(x_ticks), strict=True):
         anchor = "end" if x_axis(value) > right - 12 else "middle"
         parts.append(_label(x_axis(value), bottom + 14, label, "t-tick", anchor))
-    parts.append(
-        f'<line class="axis" x1="{number(_LEFT)}" x2="{number(right)}" y1="{bottom}" y2="{bottom}"/>'
-    )
-    parts.append(_label(right, bottom + 28, x_label, "t-quiet", "end"))
-    if y_label:
-        parts.append(_label(_LEFT, bottom + 28, "↑ " + y_label, "t-quiet"))
+    parts.append(f'<line class="axis" x1="{number(left)}" x2="{number(right)}" y1="{bottom}" y2="{bottom}"/>')
+    parts.append(_label(right, bottom + 28, curve.x_label, "t-quiet", "end"))
+    if curve.y_label:
+        parts.append(_label(left, bottom + 28, "↑ " + curve.y_label, "t-quiet"))
     return "".join(parts)
 
 
@@ -202,9 +203,9 @@ def _tick_labels(ticks: Sequence[float]) -> list[str]:
     return [say.figure(tick + 0.0, decimals) for tick in ticks]
 
 
-def _reference(reference: Reference, y_axis: Axis) -> str:
+def _reference(reference: Reference, x_axis: Axis, y_axis: Axis) -> str:
     y = y_axis(reference.value)
-    ends = f'x1="{number(_LEFT)}" x2="{number(WIDTH - _RIGHT)}" y1="{number(y)}" y2="{number(y)}"'
+    ends = f'x1="{number(x_axis.start)}" x2="{number(x_axis.stop)}" y1="{number(y)}" y2="{number(y)}"'
     line = f'<line class="reference" {ends}/>'
     return line + _label(WIDTH - _RIGHT, y - 4, reference.label, "t-reference", "end")
 

@@ -74,6 +74,12 @@ def test_a_zoomed_chart_shows_the_later_values_apart() -> None:
     assert ">10" not in zoomed.replace(">100", "")
 
 
+def test_steps_are_counted_in_whole_numbers() -> None:
+    drawn = line_chart(Curve("c", "step", "y", (Series.of("s", [1, 2, 3], [10.0, 20.0, 30.0]),)))
+    assert ">1.5<" not in drawn
+    assert ">2<" in drawn
+
+
 def test_a_bar_is_as_long_as_its_value() -> None:
     bars = Bars.of("b", "bits", ["g"], {"ours": [1.0], "theirs": [2.0], "missing": [None]}, highlight="ours")
     drawn = bar_chart(bars)
