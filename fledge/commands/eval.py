@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fledge.commands.progress import JsonLines, Lines
@@ -108,17 +109,25 @@ def as_json(found: Measured) -> dict[str, Any]:
 
 def print_tables(found: Measured, console: Console) -> None:
     """What was measured, for people; what could not be is said."""
-    console.print(f"[bold]{found.model.directory}[/bold]  {found.model.info.stage}  {found.model.hash[:12]}")
+    name = f"[bold]{escape(str(found.model.directory))}[/bold]"
+    console.print(f"{name}  {found.model.info.stage}  {found.model.hash[:12]}", soft_wrap=True)
     if found.bits_per_byte:
-        console.print(_language_table(found.bits_per_byte))
+        _show(
+            console, "bits per byte on held-out text (lower is better)", _language_table(found.bits_per_byte)
+        )
     else:
-        console.print("no held-out text: no bits per byte")
+        console.print("\nno held-out text: no bits per byte")
     if found.generation:
-        console.print(_generation_table(found.generation))
+        _show(console, "answers to held-out prompts", _generation_table(found.generation))
     else:
-        console.print("no held-out chats, or a model that only counts: no answers")
+        console.print("\nno held-out chats, or a model that only counts: no answers")
     for name, rows in found.benchmarks.items():
-        console.print(_benchmark_table(name, rows))
+        _show(console, f"{name}: accuracy with its 95 % interval", _benchmark_table(rows))
+
+
+def _show(console: Console, title: str, table: Table) -> None:
+    console.print(f"\n[bold]{title}[/bold]", soft_wrap=True)
+    console.print(table)
 
 
 def _language_table(metrics: Metrics) -> Table:
@@ -136,18 +145,15 @@ def _language_table(metrics: Metrics) -> Table:
 
 
 def _generation_table(metrics: Metrics) -> Table:
-    table = _table("answers to held-out prompts", "", "value")
+    table = _table("", "value")
     for name, label, form in GENERATION_ROWS:
         table.add_row(label, format(metrics[name], form))
     return table
 
 
-def _benchmark_table(name: str, rows: Mapping[int, Metrics]) -> Table:
-    """Accuracy by the sum of log-likelihoods and by their mean a byte, each with its 95 % interval, beside chance."""
-    title = f"{name}: accuracy, 95 % interval"
-    table = _table(
-        title, "shots", "chance", "by likelihood", "by likelihood a byte", "questions", "cut on the left"
-    )
+def _benchmark_table(rows: Mapping[int, Metrics]) -> Table:
+    """Accuracy by the sum of log-likelihoods and by their mean a byte, beside chance."""
+    table = _table("shots", "chance", "by likelihood", "by likelihood a byte", "questions", "cut on the left")
     for shots, metrics in rows.items():
         cells = [_interval(metrics, key) for key in ("accuracy", "accuracy_per_byte")]
         table.add_row(
@@ -164,8 +170,8 @@ def _interval(metrics: Metrics, key: str) -> str:
     return f"{metrics[key]:.1%} ({metrics[f'{key}_low']:.1%} to {metrics[f'{key}_high']:.1%})"
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(first, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, box=None, pad_edge=False)
     for name in others:
         table.add_column(name, justify="right")
     return table
