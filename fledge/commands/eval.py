@@ -122,7 +122,7 @@ def print_tables(found: Measured, console: Console) -> None:
     else:
         console.print("\nno held-out chats, or a model that only counts: no answers")
     for name, rows in found.benchmarks.items():
-        _show(console, f"{name}: accuracy with its 95 % interval", _benchmark_table(rows))
+        _show(console, f"{name}: accuracy in %, with its 95 % interval", _benchmark_table(rows))
 
 
 def _show(console: Console, title: str, table: Table) -> None:
@@ -131,9 +131,7 @@ def _show(console: Console, title: str, table: Table) -> None:
 
 
 def _language_table(metrics: Metrics) -> Table:
-    table = _table(
-        "bits per byte on held-out text (lower is better)", "source", "bits per byte", "documents", "bytes"
-    )
+    table = _table("source", "bits per byte", "documents", "bytes")
     suffixes = [name.removeprefix("bits_per_byte") for name in metrics if name.startswith("bits_per_byte")]
     for suffix in sorted(suffixes):
         label = suffix.removeprefix("/").replace("_", " ") or "all"
@@ -153,12 +151,12 @@ def _generation_table(metrics: Metrics) -> Table:
 
 def _benchmark_table(rows: Mapping[int, Metrics]) -> Table:
     """Accuracy by the sum of log-likelihoods and by their mean a byte, beside chance."""
-    table = _table("shots", "chance", "by likelihood", "by likelihood a byte", "questions", "cut on the left")
+    table = _table("shots", "chance", "likelihood", "likelihood a byte", "questions", "cut left")
     for shots, metrics in rows.items():
         cells = [_interval(metrics, key) for key in ("accuracy", "accuracy_per_byte")]
         table.add_row(
             str(shots),
-            f"{metrics['chance']:.1%}",
+            f"{100 * metrics['chance']:.1f}",
             *cells,
             f"{metrics['questions']:,.0f}",
             f"{metrics['share_truncated']:.0%}",
@@ -167,7 +165,8 @@ def _benchmark_table(rows: Mapping[int, Metrics]) -> Table:
 
 
 def _interval(metrics: Metrics, key: str) -> str:
-    return f"{metrics[key]:.1%} ({metrics[f'{key}_low']:.1%} to {metrics[f'{key}_high']:.1%})"
+    value, low, high = (100 * metrics[f"{key}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _table(first: str, *others: str) -> Table:

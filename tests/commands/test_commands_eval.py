@@ -175,7 +175,7 @@ def test_examples_are_never_asked_and_the_split_never_moves(benchmark):
 
 
 def test_tables_name_what_was_measured(runs, capsys, benchmark, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     assert call("small", "--runs", runs, "--limit", "4", "--benchmarks", "piqa") == 0
     out = capsys.readouterr().out
     for words in (
@@ -187,6 +187,8 @@ def test_tables_name_what_was_measured(runs, capsys, benchmark, monkeypatch):
         "cut on the left",
     ):
         assert words in out
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert out.count("bits per byte on held-out text") == 1
 
 
 def test_benchmarks_without_names_are_all_of_them(runs, capsys, benchmark):
