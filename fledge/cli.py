@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import signal
@@ -62,12 +63,21 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fledge {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    _refuse_unknown(named)
     for name, module, summary in COMMANDS:
         if name == named:
             importlib.import_module(f"fledge.commands.{module}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
     return parser
+
+
+def _refuse_unknown(named: str | None) -> None:
+    names = [name for name, _, _ in COMMANDS]
+    if named is not None and named not in names:
+        near = difflib.get_close_matches(named, names, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"no command '{named}'; {hint}")
 
 
 def _say(line: str, code: int) -> int:

@@ -25,7 +25,8 @@ LAYERS = [
     {"flywheel"},
     {"recipes", "serve"},
     {"commands"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -28,9 +28,9 @@ class JsonLines:
 class Lines:
     """One line per stage, one now and then (a live one in a terminal) for the steps within."""
 
-    def __init__(self, out: TextIO = sys.stderr) -> None:
-        self._out = out
-        self._is_live = out.isatty()
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stderr
+        self._is_live = self._out.isatty()
         self._every = TERMINAL_EVERY_SECONDS if self._is_live else LOG_EVERY_SECONDS
         self._shown_at = 0.0
         self._first: tuple[str, int, float] = ("", 0, 0.0)

@@ -300,4 +300,4 @@ def _training_bytes(plan: RingPlan, model: nn.Module, fit: FitPlan) -> float:
     config = any_model.config
     positions = fit.rows * fit.row_length
     activations = positions * (3 * config.vocab_size + 40 * config.num_layers * config.width) * 4.0
-    return BASE_BYTES + 3.2 * _model_bytes(model) + activations
+    return float(BASE_BYTES + 3.2 * _model_bytes(model) + activations)

@@ -30,7 +30,7 @@ from fledge.recipes.stage_reward import gold_stage, rankings_stage, reward_stage
 from fledge.recipes.stage_text import code_stage, pretrain_stage, sft_stage
 from fledge.train.compile import resolve
 from fledge.train.device import default_device, raise_malloc_thresholds
-from fledge.train.metrics import TensorBoard
+from fledge.train.metrics import TensorBoard, measured_peak
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def raise_model(order: Order, listener: Listener) -> Path:
     with locked(path), interrupts.handled():
         board: Board = TensorBoard(path / "tensorboard") if order.tensorboard else NoBoard()
         device = default_device()
-        run = RingRun(plan, path, listener, interrupts, board, device, _compiles(plan, path, device))
+        compiles = _compiles(plan, path, device)
+        run = RingRun(plan, path, listener, interrupts, board, device, compiles, measured_peak(device))
         try:
             run_stages(run, RING)
         except Interrupted as stop:

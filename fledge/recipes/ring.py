@@ -76,8 +76,13 @@ class StageContext(Generic[PlanT]):
         """The finished model of another stage, on this run's device."""
         return load_model(self.run / stage / "model", device=self.device)
 
-    def add_cost(self, *, tokens: int = 0, flops: float = 0.0) -> None:
-        self.cost = replace(self.cost, tokens=self.cost.tokens + tokens, flops=self.cost.flops + flops)
+    def add_cost(self, *, tokens: int = 0, flops: float = 0.0, busy_seconds: float = 0.0) -> None:
+        self.cost = replace(
+            self.cost,
+            tokens=self.cost.tokens + tokens,
+            flops=self.cost.flops + flops,
+            busy_seconds=self.cost.busy_seconds + busy_seconds,
+        )
 
     def save_cost(self) -> None:
         """Remember what this sitting cost so far, in case it is the last thing this process does."""
@@ -107,6 +112,7 @@ class RingRun(Generic[PlanT]):
     board: Board
     device: torch.device
     compiled: bool
+    peak_flops: float  # a second, measured when the run was opened (train/metrics.py)
 
 
 def run_stages(run: RingRun[PlanT], stages: Sequence[Stage[PlanT]]) -> None:
@@ -158,6 +164,8 @@ def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str])
     (path / "cost.json").unlink(missing_ok=True)
     outputs = hash_outputs(path)
     cost = replace(context.total_cost(), peak_rss_bytes=max(earlier.peak_rss_bytes, peak_memory_bytes()))
+    if cost.flops and cost.busy_seconds:
+        cost = replace(cost, mfu=cost.flops / cost.busy_seconds / run.peak_flops)
     manifest = Manifest(stage.name, inputs, outputs, cost, versions())
     write_manifest(path, manifest)
     run.listener.stage(stage.name, "finished", f"{cost.seconds:.0f} s")

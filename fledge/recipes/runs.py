@@ -30,11 +30,16 @@ SERVED_STAGES = ("ppo", "sft", "code", "pretrain")  # the order in which RUN alo
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage took, over all its sittings. `flops` counts the model's own arithmetic (docs/metrics.md)."""
+    """What a stage took, over all its sittings.
+
+    `flops` counts the models' own arithmetic, `busy_seconds` the time in steps or rounds alone; `mfu` is the first over
+    the second and the measured peak (docs/metrics.md).
+    """
 
     seconds: float = 0.0
     tokens: int = 0
     flops: float = 0.0
+    busy_seconds: float = 0.0
     mfu: float | None = None
     peak_rss_bytes: int = 0
 
@@ -102,9 +107,7 @@ def open_run(name: str, plan: Mapping[str, Any], runs: Path) -> tuple[Path, str 
             write_json(path / "plan.json", plan)
             return (
                 path,
-                None
-                if number == 1
-                else f"the plan of '{name}' has changed: starting a new run, '{candidate}'",
+                None if number == 1 else f"the plan of '{name}' has changed: starting a new run, '{candidate}'",
             )
         if _read_json(path / "plan.json") == json.loads(json.dumps(plan)):
             return path, None if number == 1 else f"the plan of '{name}' differs: going on with '{candidate}'"
@@ -142,9 +145,7 @@ def read_manifest(stage_path: Path) -> Manifest | None:
     try:
         return Manifest(**{**data, "cost": Cost(**data["cost"])})
     except (TypeError, KeyError) as error:
-        raise RunError(
-            f"{path}: damaged ({error}); remove {stage_path} and run the same command again"
-        ) from error
+        raise RunError(f"{path}: damaged ({error}); remove {stage_path} and run the same command again") from error
 
 
 def verify_outputs(stage_path: Path, manifest: Manifest) -> None:
@@ -167,9 +168,7 @@ def hash_outputs(stage_path: Path) -> dict[str, str]:
     """sha256 of every file below a stage's folder but for its training states and its manifest."""
     files = sorted(entry for entry in stage_path.rglob("*") if entry.is_file())
     names = [str(entry.relative_to(stage_path)) for entry in files]
-    kept = [
-        name for name in names if not name.startswith(("state-", "manifest.json")) and ".writing" not in name
-    ]
+    kept = [name for name in names if not name.startswith(("state-", "manifest.json")) and ".writing" not in name]
     return {name: sha256_file(stage_path / name) for name in kept}
 
 
@@ -177,6 +176,4 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path}: damaged ({error}); remove it or its folder and run the same command again"
-        ) from error
+        raise RunError(f"{path}: damaged ({error}); remove it or its folder and run the same command again") from error

@@ -15,7 +15,7 @@ from fledge.models.ngram import fit_orders
 from fledge.models.scalar import ScalarModel
 from fledge.recipes.answers import Asked, base_answers, chat_answers, judge
 from fledge.recipes.chats import Prompt, prompts
-from fledge.recipes.report import Answer, Claim, Fact, Interval, Sample, Table
+from fledge.recipes.report import Answer, Bars, Claim, Fact, Interval, Sample, Table
 from fledge.recipes.stage_corpus import (
     Texts,
     chats_of,
@@ -52,8 +52,9 @@ def evaluation_stage(context: Context) -> None:
     last = wins["ppo over sft"]
     context.report = replace(
         context.report,
-        headline=Fact("PPO over SFT", last["win_rate"] * 100, "% wins"),
+        headline=Fact("PPO wins over SFT", last["win_rate"], "%"),
         claims=(*_language_claims(language["pretrain"], ngrams, texts), _win_claim(last)),
+        bars=(_language_bars(language, ngrams),),
         tables=(
             _language_table(language, ngrams, texts),
             _win_table(wins),
@@ -142,7 +143,7 @@ def _language_claims(base: Metrics, ngrams: dict[str, Metrics], texts: Texts) ->
 
 
 def _win_claim(wins: Metrics) -> Claim:
-    return Claim("lower bound of PPO's win rate over SFT, gold judge", wins["win_rate_low"], ">", 0.5)
+    return Claim("lower bound of PPO's win rate over SFT, gold judge", wins["win_rate_low"], ">", 0.5, "%")
 
 
 def _language_table(language: dict[str, Metrics], ngrams: dict[str, Metrics], texts: Texts) -> Table:
@@ -153,6 +154,15 @@ def _language_table(language: dict[str, Metrics], ngrams: dict[str, Metrics], te
         rows.append((name, prose, *(metrics.get(f"bits_per_byte/{s}") for s in (*texts.prose, *texts.code))))
     note = "Kneser-Ney models are trained on the same documents of prose with the same tokenizer."
     return Table.of("Bits per byte on held-out text", columns, rows, note)
+
+
+def _language_bars(language: dict[str, Metrics], ngrams: dict[str, Metrics]) -> Bars:
+    """The base model beside the n-grams that read the same documents."""
+    found = {name: metrics["bits_per_byte"] for name, metrics in ngrams.items()}
+    base = language["pretrain"]
+    found["ours"] = base.get("bits_per_byte/without_code", base["bits_per_byte"])
+    values = {"held-out prose": list(found.values())}
+    return Bars.of("Held-out prose, against Kneser-Ney", "bits per byte", list(found), values)
 
 
 def _win_table(wins: dict[str, Metrics]) -> Table:

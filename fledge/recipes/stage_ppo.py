@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -44,9 +45,11 @@ def ppo_stage(context: Context) -> None:
     try:
         with context.interrupts.deferred():
             while ppo.round_number < plan.rounds:
+                began = time.perf_counter()
                 done = ppo.round()
                 metrics = {**done.metrics, "gold_score": _gold_score(gold_scorer, done)}
-                context.add_cost(tokens=int(done.rollout.action_mask_BT.sum()), flops=flops)
+                tokens = int(done.rollout.action_mask_BT.sum())
+                context.add_cost(tokens=tokens, flops=flops, busy_seconds=time.perf_counter() - began)
                 record_step(context, log, ppo.round_number, plan.rounds, metrics)
                 keeper.after_step(ppo.round_number, plan.rounds, lambda: (ppo.tensors(), ppo.scalars()))
     finally:
@@ -134,11 +137,12 @@ def _round_flops(context: Context, sft: LoadedModel) -> float:
 
 def _save(context: Context, ppo: PPO, parents: dict[str, LoadedModel]) -> None:
     tokenizer = parents["reference"].tokenizer
-    save_stage_model(context, ppo.actors.policy, tokenizer, parents)
+    hashes = {role: loaded.hash for role, loaded in parents.items()}
+    policy = save_stage_model(context, ppo.actors.policy, tokenizer, hashes)
     averaged = copy.deepcopy(ppo.actors.policy)
     ppo.ema.copy_to(averaged)
-    save_stage_model(context, averaged, tokenizer, parents, name="ema")
-    save_stage_model(context, ppo.actors.value, tokenizer, parents, name="value")
+    save_stage_model(context, averaged, tokenizer, {"policy": policy}, name="ema")
+    save_stage_model(context, ppo.actors.value, tokenizer, {"reward": hashes["reward"]}, name="value")
 
 
 def _report(context: Context) -> dict[str, Any]:
@@ -147,9 +151,10 @@ def _report(context: Context) -> dict[str, Any]:
 
     lines = (context.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rounds: list[Metrics] = [r for r in map(json.loads, lines) if r["stage"] == context.name]
-    distance = [max(r["kl"], 0.0) ** 0.5 for r in rounds]
+    by_distance = sorted(rounds, key=lambda r: r["kl"])
+    distance = [max(r["kl"], 0.0) ** 0.5 for r in by_distance]
     series = tuple(
-        Series.of(label, distance, [r[name] for r in rounds])
+        Series.of(label, distance, [r[name] for r in by_distance])
         for name, label in (("score_mean", "reward model (proxy)"), ("gold_score", "gold judge"))
     )
     last = rounds[-1]

@@ -147,11 +147,11 @@ def _ranking_model(context: Context, name: str, seed: int) -> None:
 
     train(context, model, Course(fit, batches))
     _normalise(model, examples, sft)
-    save_stage_model(context, model, sft.tokenizer, {"sft": sft})
+    save_stage_model(context, model, sft.tokenizer, {"sft": sft.hash})
     accuracy = measure_accuracy(context, model, sft)
     context.report = replace(
         context.report,
-        headline=Fact("held-out pairs", accuracy["accuracy"] * 100, "% right"),
+        headline=Fact("held-out pairs right", accuracy["accuracy"], "%"),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         facts=(Fact("rankings", len(examples)), Fact("epochs", plan.epochs)),
         tables=(_accuracy_table(accuracy),),

@@ -62,7 +62,7 @@ def pretrain_stage(context: Context) -> None:
         facts=(
             Fact("training tokens", fit.tokens),
             Fact("passes over the prose", fit.steps / epoch),
-            Fact("padding share", prose.padding_share()),
+            Fact("padding share", prose.padding_share(), "%"),
             Fact("FLOPs", context.total_cost().flops),
         ),
         summary=FLOPS_FORMULA,
@@ -85,7 +85,7 @@ def code_stage(context: Context) -> None:
 
     held_out = _packed(context, texts, _code(texts), fit, held_out=True)
     train(context, base.model, Course(fit, batches, _validating(texts, held_out, fit)))
-    save_stage_model(context, base.model, texts.tokenizer, {"base": base})
+    save_stage_model(context, base.model, texts.tokenizer, {"base": base.hash})
     after = measure_bits_per_byte(context, base.model, texts, (*texts.prose, *texts.code))
     kinds = {"code": "/all_code", "prose": "/without_code"}
     table = [(name, before[f"bits_per_byte{s}"], after[f"bits_per_byte{s}"]) for name, s in kinds.items()]
@@ -93,7 +93,7 @@ def code_stage(context: Context) -> None:
     context.report = replace(
         context.report,
         headline=Fact("code", after["bits_per_byte/all_code"], "bits per byte"),
-        facts=(Fact("training tokens", fit.tokens), Fact("padding share", code.padding_share())),
+        facts=(Fact("training tokens", fit.tokens), Fact("padding share", code.padding_share(), "%")),
         claims=(Claim("the code stage lowers bits per byte on held-out code", gain, ">", 0.0, "bits per byte"),),
         tables=(Table.of("Bits per byte, before and after the code stage", ("text", "before", "after"), table),),
     )
@@ -117,7 +117,7 @@ def sft_stage(context: Context) -> None:
 
     held_out = PackedRows(PieceList(held_out_chats), fit.row_length, context.plan.seed)
     state = train(context, base.model, Course(fit, batches, _validating(texts, held_out, fit)))
-    save_stage_model(context, state.model, texts.tokenizer, {"base": base})
+    save_stage_model(context, state.model, texts.tokenizer, {"base": base.hash})
     loss = _validation_loss(state.model, texts, held_out, fit)
     context.report = replace(
         context.report,
@@ -125,7 +125,7 @@ def sft_stage(context: Context) -> None:
         facts=(
             Fact("conversation stretches", len(chats)),
             Fact("passes over them", fit.steps / conversations.steps_per_epoch(fit.rows)),
-            Fact("padding share", conversations.padding_share()),
+            Fact("padding share", conversations.padding_share(), "%"),
         ),
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fledge.config import from_json, to_json
-from fledge.formats.checkpoint import CheckpointInfo, LoadedModel, load_state, save_model, save_state
+from fledge.formats.checkpoint import CheckpointInfo, load_state, save_model, save_state
 from fledge.models.scalar import ScalarModel
 from fledge.objectives.next_token import NextToken, next_token_sums
 from fledge.recipes.plan import FitPlan, RingPlan
@@ -63,7 +63,7 @@ def train(context: Context, model: nn.Module, course: Course) -> TrainState:
     log = JsonLines(context.run / "metrics.jsonl", state.step, stage=context.name)
 
     def account(state: TrainState, metrics: Metrics) -> None:
-        context.add_cost(tokens=plan.rows * plan.row_length, flops=flops)
+        context.add_cost(tokens=plan.rows * plan.row_length, flops=flops, busy_seconds=metrics["step_seconds"])
         rate = plan.rows * plan.row_length / metrics["step_seconds"]
         record_step(context, log, state.step, plan.steps, {**metrics, "tokens_per_second": rate})
 
@@ -132,9 +132,9 @@ def step_flops(model: nn.Module, plan: FitPlan) -> float:
 
 
 def save_stage_model(
-    context: Context, model: nn.Module, tokenizer: Tokenizer, parents: dict[str, LoadedModel], *, name: str = "model"
+    context: Context, model: nn.Module, tokenizer: Tokenizer, parents: dict[str, str], *, name: str = "model"
 ) -> str:
-    """Write the stage's checkpoint with its lineage; returns its hash."""
+    """Write the stage's checkpoint; `parents` maps roles to hashes. Returns its own hash."""
     any_model: Any = model
     info = CheckpointInfo(
         family="scalar" if isinstance(model, ScalarModel) else context.plan.family,
@@ -142,7 +142,7 @@ def save_stage_model(
         stage=context.name,
         tokenizer_hash=tokenizer.hash,
         template_hash=ChatRenderer(tokenizer).hash,
-        parents={role: loaded.hash for role, loaded in parents.items()},
+        parents=parents,
         seed=context.plan.seed,
     )
     return save_model(context.path / name, model, tokenizer, info)
