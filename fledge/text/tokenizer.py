@@ -164,9 +164,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD if the ids ended within a character, else nothing. Then it starts anew."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 def _refuse_missing(special_ids: Mapping[str, int]) -> None:

@@ -69,7 +69,9 @@ def test_parsing_gives_back_the_last_normalised_message(conversation: Conversati
     normal = normalise(conversation)
     if normal.messages:
         assert RENDERER.parse(RENDERER.render(normal).ids) == (normal.messages[-1], Termination.END_OF_TURN)
-        last, termination = RENDERER.parse(RENDERER.render(normal, ended=False).ids)
+        unended = RENDERER.render(normal, ended=False)
+        assert len(unended.ids) == len(unended.loss_mask) == len(RENDERER.render(normal).ids) - 1
+        last, termination = RENDERER.parse(unended.ids)
         assert (last, termination) == (normal.messages[-1], Termination.TRUNCATED)
 
 
@@ -193,6 +195,16 @@ def test_an_over_long_conversation_loses_its_oldest_exchange_and_keeps_the_syste
         piece = conversation_piece(RENDERER, CHINESE, longest)
         assert piece is not None
         assert tuple(piece.ids) == RENDERER.render(shorter).ids
+
+
+def test_no_more_exchanges_are_dropped_than_must_be() -> None:
+    exchanges = [(("user", f"question {n}"), ("assistant", f"answer {n}")) for n in range(4)]
+    for first in range(4):
+        kept = turns(*(turn for exchange in exchanges[first:] for turn in exchange))
+        everything = Conversation.of(*(turn for exchange in exchanges for turn in exchange))
+        piece = conversation_piece(RENDERER, everything, len(kept))
+        assert piece is not None
+        assert tuple(piece.ids) == kept
 
 
 def test_a_single_exchange_that_is_too_long_is_cut_at_its_tail() -> None:

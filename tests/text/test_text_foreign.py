@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import tokenizers as library
-from text_samples import trained
+from text_samples import KINDS, trained
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from fledge.errors import TokenizerError
 from fledge.text.foreign import adopt, gpt2_layout
 from fledge.text.report import gpt2_tokenizer
-from fledge.text.subwords import byte_alphabet
+from fledge.text.subwords import Kind, byte_alphabet
 from fledge.text.tokenizer import NAMED_SPECIAL_TOKENS, Tokenizer
 
 CHATML = {"<|end|>": "<|im_end|>", "<|pad|>": "<pad>", "<|endoftext|>": "<|endoftext|>"}
@@ -59,6 +59,12 @@ def test_an_adopted_tokenizer_saves_its_mapping(tmp_path: Any) -> None:
     again = Tokenizer.load(tmp_path / "ours.json")
     assert again.hash == adopted.hash
     assert again.special_id("<|end|>") == adopted.special_id("<|end|>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_renaming_reaches_every_place_a_name_stands_in(kind: Kind) -> None:
+    theirs = trained(kind)._data.replace(b"<|end|>", b"<|im_end|>")
+    assert adopt(theirs, {"<|end|>": "<|im_end|>"}) == trained(kind)._data
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,7 @@ def test_a_post_processor_of_the_file_adds_nothing() -> None:
     extra = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 257)])
     tokenizer = Tokenizer(changed(post_processor=extra)())
     assert tokenizer.special_ids.isdisjoint(tokenizer.encode("hi"))
+    assert tokenizer.encode_batch(["hi"]) == [tokenizer.encode("hi")]
 
 
 def test_gpt2_files_give_gpt2_ids() -> None:

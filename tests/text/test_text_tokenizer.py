@@ -55,7 +55,7 @@ def test_every_unicode_text_comes_back_exactly(kind: Kind, text: str) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("unit", ["a", " ", "\n", "中", "!", "7", "🙂", "\x00", "e\u0301", "a1"])
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "中", "!", "7", "🙂", "\x00", "e\u0301", "a1", "𝒳"])
 def test_a_very_long_word_comes_back_and_is_cut_into_bounded_words(kind: Kind, unit: str) -> None:
     text = unit * 20_000
     assert trained(kind).decode(trained(kind).encode(text)) == text
@@ -67,6 +67,17 @@ def test_text_that_names_a_special_token_stays_text(kind: Kind, name: str) -> No
     tokenizer = trained(kind)
     for text in (name, f"before {name} after", name * 3, f"<|{name}|>"):
         assert tokenizer.special_ids.isdisjoint(tokenizer.encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_that_names_a_special_token_is_spelled_like_any_other() -> None:
+    tokenizer = trained()
+    assert tokenizer.pieces(tokenizer.encode("<|end|>")) == ["<|", "end", "|>"]
+
+
+def test_wordpiece_tells_a_hash_from_its_mark_inside_words() -> None:
+    tokenizer = train_tokenizer(["## one ### two a#b a##b ↳c a↳c"] * 9, TokenizerConfig("wordpiece", 600))
+    for text in ("#", "##", "###", "a#", "a##b", "↳", "a↳↳c", "####"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
