@@ -13,6 +13,7 @@ from collections.abc import Iterator
 # Places to cut, the best first: blank line, line end, sentence end (Latin and Chinese), white space.
 _BREAKS = tuple(re.compile(pattern) for pattern in (r"\n[ \t]*\n+", r"\n", r"[.!?]\s+|[。！？…]+", r"\s+"))
 
+TAIL_CHARS = 2_048
 CODE_SMALL_CHARS = 800  # neighbouring definitions smaller than this travel together
 CODE_LARGE_CHARS = 3_000  # a definition larger than this is cut between its methods
 _TOP = re.compile(r"^(?:@|def |class |async def |if __name__)", re.MULTILINE)
@@ -45,10 +46,15 @@ def cut_python(text: str, small: int = CODE_SMALL_CHARS, large: int = CODE_LARGE
 
 
 def _break_before(text: str, low: int, high: int) -> int:
+    """The end of the last break of the best kind in text[low:high]; `high` where there is none of any kind."""
     for pattern in _BREAKS:
-        ends = [match.end() for match in pattern.finditer(text, low, high)]
-        if ends:
-            return ends[-1]
+        for start in (
+            max(low, high - TAIL_CHARS),
+            low,
+        ):  # most texts have one near the end: no need to see them all
+            ends = [match.end() for match in pattern.finditer(text, start, high)]
+            if ends:
+                return ends[-1]
     return high
 
 

@@ -118,6 +118,7 @@ def test_select_shuffles_by_seed_and_loses_nothing(buffer: dict[str, int]) -> No
     sides = [{e.text for e in select(examples, split, 0)} for split in ("train", "validation")]
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == set(one)
+    assert sides[1] == {content for where, content in sift(*examples)[1] if where == "validation"}
 
 
 def test_contradictory_settings_are_refused() -> None:

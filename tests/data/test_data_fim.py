@@ -101,6 +101,8 @@ def test_the_same_seed_and_epoch_give_the_same_pieces_and_another_epoch_others(p
     assert ids(1, 1) == ids(1, 1)
     assert sorted(ids(1, 0)) != sorted(ids(1, 1))
     assert sorted(ids(1, 0)) != sorted(ids(2, 0))
+    left_alone = [{tuple(piece) for piece in ids(1, epoch) if piece[1] != TOKENS.prefix} for epoch in (0, 1)]
+    assert left_alone[0] - left_alone[1]
 
 
 def test_rows_too_short_and_shares_out_of_range_are_refused(plain: ShardDocuments) -> None:

@@ -81,6 +81,12 @@ def test_best_fit_by_groups_needs_as_many_rows_as_best_fit_one_by_one(lengths: l
     assert len(np.unique(row_P)) == len(rooms)
 
 
+def test_a_piece_goes_where_it_leaves_the_least_room() -> None:
+    # The 3 fills up the row of the 7; in the row of the 6, where more room is, it would cost the 2s a third row.
+    row_P = best_fit(np.array([7, 6, 3, 2, 2]), 10, np.random.default_rng(0))
+    assert row_P.tolist() == [0, 1, 0, 1, 1]
+
+
 def test_a_step_is_the_same_however_it_is_reached() -> None:
     documents = PieceList(pieces_of([[n, n + 1, n + 2][: 2 + n % 2] for n in range(50)]))
     through = PackedRows(documents, 8, seed=3)
