@@ -1,0 +1,173 @@
+"""What chat, complete and compare share: a model that is asked, how long it reads and writes, and its options.
+
+Everything runs in float32, on the GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fledge.errors import RunError, UserError
+from fledge.formats.checkpoint import LoadedModel, load_model
+from fledge.infer.naive import TokenEvent, generate, stream
+from fledge.recipes.measure import read_plan, run_of
+from fledge.recipes.runs import resolve_model
+from fledge.registry import family
+from fledge.text.chat import ChatRenderer, normalise
+from fledge.text.tokenizer import StreamDecoder
+from fledge.train.device import default_device
+from fledge.types import Completion, Conversation, SamplingParams
+
+MAX_ANSWER_TOKENS = 256  # where nobody asked for a length and the context leaves room
+# A little colder than training's 1: small models wander. Both values are customary for chat.
+TEMPERATURE, TOP_P = 0.8, 0.95
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model to ask. `context` is the number of tokens it learned to read at once; None if nothing says so."""
+
+    name: str
+    loaded: LoadedModel
+    context: int | None
+
+    def answer_tokens(self, asked: int | None) -> int:
+        """How long an answer may become: as asked, else half of the context but not more than MAX_ANSWER_TOKENS."""
+        if asked is not None:
+            return asked
+        return (
+            MAX_ANSWER_TOKENS if self.context is None else max(1, min(MAX_ANSWER_TOKENS, self.context // 2))
+        )
+
+    def chat_prompt(self, conversation: Conversation, max_tokens: int) -> tuple[int, ...]:
+        """The ids that ask for the next answer, without the oldest exchanges if all do not fit (`within`)."""
+        room = None if self.context is None else self.context - max_tokens
+        return within(self.loaded.renderer, conversation, room, max_tokens)
+
+    def text_prompt(self, text: str) -> tuple[int, ...]:
+        """The ids of the beginning of a document; `UserError` if there is nothing in it."""
+        if not text:
+            raise UserError("the text to continue is empty; give at least one character")
+        return (self.loaded.tokenizer.end_of_text_id, *self.loaded.tokenizer.encode(text))
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """One completion a prompt; the i-th draws with seed `params.seed + i`."""
+        model: Any = self.loaded.model
+        tokenizer = self.loaded.tokenizer
+        stop_ids = self.loaded.renderer.stop_ids
+        return generate(
+            model, prompts, params, stop_ids=stop_ids, pad_id=tokenizer.pad_id, decode=tokenizer.decode
+        )
+
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams, generator: torch.Generator | None = None
+    ) -> Iterator[TokenEvent]:
+        """One completion as it comes; the same as `generate`'s for the same seed."""
+        model: Any = self.loaded.model
+        tokenizer = self.loaded.tokenizer
+        return stream(
+            model,
+            prompt,
+            params,
+            stop_ids=self.loaded.renderer.stop_ids,
+            pad_id=tokenizer.pad_id,
+            decoder=StreamDecoder(tokenizer),
+            generator=generator,
+        )
+
+
+def load_speaker(name: str, runs: Path) -> Speaker:
+    """The model of `RUN`, `RUN:STAGE` or a checkpoint folder. `UserError` if there is none, or none that speaks."""
+    directory = resolve_model(name, runs)
+    loaded = load_model(directory, device=default_device())
+    if family(loaded.info.family).kind != "causal":
+        raise RunError(f"{directory}: a {loaded.info.family} model gives no answers; name a stage that does")
+    return Speaker(name, loaded, _context(loaded))
+
+
+def within(
+    renderer: ChatRenderer, conversation: Conversation, room: int | None, max_tokens: int
+) -> tuple[int, ...]:
+    """The prompt of the longest stretch of the conversation that fits into `room` tokens; no limit if None.
+
+    System messages at the head stay; exchanges, each from a user's message to the next, go oldest first.
+    `UserError` if the last exchange alone is too long.
+    """
+    messages = normalise(conversation).messages
+    head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    later = (i for i in range(head + 1, len(messages)) if messages[i].role == "user")
+    for start in (head, *later):
+        ids = renderer.prompt(Conversation((*messages[:head], *messages[start:])))
+        if room is None or len(ids) <= room:
+            return ids
+    raise UserError(
+        f"a message of {len(ids)} tokens leaves no room for an answer of {max_tokens}: the model has {room} for it; "
+        "shorten the message or ask for fewer --max-tokens"
+    )
+
+
+def add_speaking_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to draw tokens, and where runs are: the same options everywhere."""
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help=f"of an answer (default: half of what the model reads, at most {MAX_ANSWER_TOKENS})",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=TEMPERATURE, help="0 takes the likeliest (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens only")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=TOP_P,
+        help="draw from the likeliest that hold P (default: %(default)s)",
+    )
+    parser.add_argument("--min-p", type=float, help="drop tokens below P times the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)"
+    )
+
+
+def sampling_params(args: argparse.Namespace, speaker: Speaker) -> SamplingParams:
+    """What the options say; `UserError` for a number out of range."""
+    if not 0 <= args.seed < 2**62:
+        raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^62")
+    try:
+        return SamplingParams(
+            max_tokens=speaker.answer_tokens(args.max_tokens),
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            seed=args.seed,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def printable(text: str) -> str:
+    """`text` without control characters but line breaks and tabs: what a model says must not steer a terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def _context(loaded: LoadedModel) -> int | None:
+    """The row length of supervised fine-tuning, where the run still has a plan; at most the model's positions."""
+    model: Any = loaded.model
+    longest: int | None = model.config.max_positions
+    run = run_of(loaded.directory)
+    if run is None:
+        return longest
+    try:
+        trained = read_plan(run).sft.fit.row_length
+    except RunError:  # raised by another fledge: its weights may still be read
+        return longest
+    return trained if longest is None else min(trained, longest)
