@@ -65,7 +65,8 @@ def test_lineage_can_be_read_from_disk(finished: Path) -> None:
     assert info("sft")["parents"] == {"base": hash_of("code")}
     assert info("reward")["parents"] == {"sft": hash_of("sft")}
     assert info("ppo")["parents"] == {"reference": hash_of("sft"), "reward": hash_of("reward")}
-    assert info("ppo", "ema")["parents"] == info("ppo")["parents"]
+    assert info("ppo", "ema")["parents"] == {"policy": hash_of("ppo")}
+    assert info("ppo", "value")["parents"] == {"reward": hash_of("reward")}
 
 
 def test_no_validation_text_is_ever_trained_on(finished: Path) -> None:
