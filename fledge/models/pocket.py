@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fledge.errors import ConfigError
 from fledge.layers.attention import Context, RowContext
+from fledge.layers.rope import Rotation, frequencies, rotate, rotations
 
 # Score scale on top of 1/sqrt(K): normalised queries and keys cannot grow, so the softmax needs help to become sharp.
 # 1.5 from our trials; nanochat reaches 1.44 by multiplying both sides by 1.2.
@@ -45,12 +47,13 @@ class PocketConfig:
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
-        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
-            raise ValueError(
+        sizes = (self.vocab_size, self.width, self.num_layers, self.num_heads, self.mlp_ratio)
+        if min(sizes) < 1 or self.table_rows < 0:
+            raise ConfigError(f"sizes must be positive, got {self}")
+        if self.width % (2 * self.num_heads):
+            raise ConfigError(
                 f"width {self.width} must be num_heads {self.num_heads} times an even head width"
             )
-        if min(self.vocab_size, self.width, self.num_layers, self.mlp_ratio) < 1 or self.table_rows < 0:
-            raise ValueError(f"sizes must be positive, got {self}")
 
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int, table_rows: int = 131_072) -> PocketConfig:
@@ -59,7 +62,7 @@ class PocketConfig:
         Depth 4 is 128 wide with 2 heads, depth 6 is 192 with 3, depth 12 is 384 with 6 (origin: WIDTH_PER_LAYER).
         """
         if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+            raise ConfigError(f"depth must be at least 1, got {depth}")
         num_heads = -(-WIDTH_PER_LAYER * depth // HEAD_WIDTH)
         return cls(vocab_size, num_heads * HEAD_WIDTH, depth, num_heads, table_rows)
 
@@ -81,11 +84,11 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         extra_BTD: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         site: int,
         context: Context,
     ) -> Tensor:
-        shape = (*x_BTD.shape[:2], self.num_heads, -1)
+        shape = (*x_BTD.shape[:2], self.num_heads, x_BTD.shape[2] // self.num_heads)
         q_BTHK = rotate(norm(self.query(x_BTD).view(shape)), rotation)
         k_BTHK = rotate(norm(self.key(x_BTD).view(shape)), rotation)
         v_BTD = self.value(x_BTD)
@@ -110,7 +113,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         input_BTD: Tensor,
         extra_BTD: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         site: int,
         context: Context,
     ) -> Tensor:
@@ -187,7 +190,8 @@ class Pocket(nn.Module):
     def hidden(self, x_BT3D: Tensor, context: Context) -> Tensor:
         """x_BTD, normalised and ready for `unembed`, from what `embed` returned."""
         x_BTD, first_BTD, last_BTD = x_BT3D.split(self.config.width, dim=-1)
-        rotation = rotations(context.positions_BT, self.config.head_width, self.config.rope_base)
+        theta = frequencies(self.config.head_width, self.config.rope_base, x_BT3D.device)
+        rotation = rotations(context.positions_BT, theta)
         x_BTD = input_BTD = norm(x_BTD)
         for site, block in enumerate(self.blocks):
             is_first, is_last = site == 0, site == self.config.num_layers - 1
@@ -216,20 +220,6 @@ class Pocket(nn.Module):
 def norm(x: Tensor) -> Tensor:
     """Root-mean-square norm over the last axis, without a gain (Zhang & Sennrich 2019)."""
     return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
-
-
-def rotations(positions_BT: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of shape (B, T, 1, K/2): angle position / base**(2i/K) for the i-th pair of channels."""
-    pairs = torch.arange(0, head_width, 2, device=positions_BT.device, dtype=torch.float32)
-    angle_BTK = positions_BT[..., None].float() * base ** (-pairs / head_width)
-    return angle_BTK.cos()[:, :, None], angle_BTK.sin()[:, :, None]
-
-
-def rotate(x_BTHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channel i and channel i + K/2 as a pair by the angle of their position."""
-    cos, sin = rotation
-    a, b = x_BTHK.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x_BTHK)
 
 
 def _role(name: str, parameter: Tensor) -> str:

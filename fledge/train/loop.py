@@ -59,7 +59,8 @@ class TrainState:
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Go on where another state stood: after this, training continues as if it had never stopped, to the bit.
 
-        Names that begin with neither prefix are someone else's and ignored. CheckpointError if weights do not fit.
+        Names that begin with neither prefix are someone else's and ignored. CheckpointError, with nothing changed, if
+        a name or shape does not fit.
         """
         weights = _weights(self.model)
         given = {
@@ -70,16 +71,17 @@ class TrainState:
             raise CheckpointError(
                 f"weight '{name}' is missing from {where}; was it made with another config?"
             )
-        with torch.no_grad():
-            for name, weight in weights.items():
-                if weight.shape != given[name].shape:
-                    shapes = f"{tuple(given[name].shape)}, expected {tuple(weight.shape)}"
-                    raise CheckpointError(f"saved weight '{name}' has shape {shapes}")
-                weight.copy_(given[name])
+        for name, weight in weights.items():
+            if weight.shape != given[name].shape:
+                shapes = f"{tuple(given[name].shape)}, expected {tuple(weight.shape)}"
+                raise CheckpointError(f"saved weight '{name}' has shape {shapes}")
         prefix = "optimizer/"
         self.optimizers.load_tensors(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(given[name])
         self.step, self.seed = int(scalars["step"]), int(scalars["seed"])
 
 

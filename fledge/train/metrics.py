@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ MFU_FORMULA = (
     "MFU = FLOPs per trained token x tokens per second / peak; peak = best of square products of "
     "1024, 2048 and 4096, measured in this process in the precision of training"
 )
+
+PEAK_SIZES = (1024, 2048, 4096)
 
 
 class Shaped(Protocol):
@@ -50,11 +52,11 @@ def flops_per_token(
     return 6.0 * (by_role["matrix"] + head) + 12.0 * config.num_layers * config.width * row_length
 
 
-def measured_peak(device: torch.device, *, repeats: int = 3) -> float:
+def measured_peak(device: torch.device, *, repeats: int = 3, sizes: Sequence[int] = PEAK_SIZES) -> float:
     """FLOP/s: the best of square matrix products of 1024, 2048 and 4096 in the precision that training uses."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     best = 0.0
-    for size in (1024, 2048, 4096):
+    for size in sizes:
         left = torch.ones(size, size, device=device, dtype=dtype)
         right, out = torch.ones_like(left), torch.empty_like(left)
         torch.mm(left, right, out=out)
@@ -98,9 +100,8 @@ class JsonLines:
 
 def _keep(path: Path, from_step: int, stage: str | None) -> None:
     kept = []
-    for line in path.read_bytes().split(b"\n")[
-        :-1
-    ]:  # what follows the last newline is a torn line, or nothing
+    whole_lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+    for line in whole_lines:
         try:
             record = json.loads(line)
         except ValueError:

@@ -141,9 +141,8 @@ class OptimizerSet:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace all state by what `tensors()` gave; CheckpointError for a name or shape that does not fit."""
-        for optimizer in self._optimizers.values():
-            optimizer.state.clear()
+        """Replace all state by what `tensors()` gave; CheckpointError, nothing changed, for what does not fit."""
+        slots = {}
         for key, value in tensors.items():
             name, _, slot = key.rpartition(":")
             parameter = self._named.get(name)
@@ -152,10 +151,14 @@ class OptimizerSet:
                     f"optimizer state '{key}' belongs to no trainable parameter of this model"
                 )
             if value.ndim and value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"optimizer state '{key}' has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
-                )
-            # Step counts stay where the optimizer looks for them: AdamW fused wants them beside the parameter.
+                shapes = f"{tuple(value.shape)}, expected {tuple(parameter.shape)}"
+                raise CheckpointError(f"optimizer state '{key}' has shape {shapes}")
+            slots[name, slot] = value
+        for optimizer in self._optimizers.values():
+            optimizer.state.clear()
+        for (name, slot), value in slots.items():
+            parameter = self._named[name]
+            # Step counts stay where the optimizer looks for them: fused AdamW wants them beside the parameter.
             self._optimizers[self._roles[name]].state[parameter][slot] = value.to(parameter.device, copy=True)
 
     def _state_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
