@@ -11,8 +11,9 @@ import functools
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -71,4 +72,13 @@ def resolve(wanted: bool | None, recorded: bool | None, device: torch.device) ->
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`function` as one compiled graph per shape, never a dynamic one; a graph break is an error, not a slowdown."""
-    return cast(Callable[P, R], torch.compile(function, dynamic=False, fullgraph=True))
+    fast = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with warnings.catch_warnings():
+            # Dynamo looks at `.grad` of what `embed` returned, and torch warns of its own look.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            return fast(*args, **kwargs)
+
+    return call
