@@ -248,6 +248,9 @@ def test_words_are_cut_as_the_pattern_promises() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(text=hard_text.map(lambda text: text * 40))
+@example(text=" " * 2000 + "\u3000" * 2000)
+@example(text="\n" * 2000 + "\t" * 2000 + "x")
+@example(text="中" * 2000 + "1" * 2000 + "!" * 2000 + "𝒳" * 2000)
 def test_words_cover_the_text_and_are_short(text: str) -> None:
     splitter = library.pre_tokenizers.Split(library.Regex(WORD_PATTERN), "isolated")
     spans = [span for _, span in splitter.pre_tokenize_str(text)]
