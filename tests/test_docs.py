@@ -26,7 +26,6 @@ from fledge.data.catalogue import SOURCES
 from fledge.data.multiple_choice import BENCHMARKS
 from fledge.errors import UserError
 from fledge.evals import bits_per_byte, generation, multiple_choice, reward_accuracy, win_rate
-from fledge.infer.sampling import SamplingParams
 from fledge.models.pocket import Pocket, PocketConfig
 from fledge.models.presets import count_parameters, presets
 from fledge.models.scalar import ScalarModel
@@ -142,8 +141,6 @@ def test_running_page_has_every_recipe_and_every_stage() -> None:
 
 def test_running_page_has_every_option_of_raise() -> None:
     options = {option for row in rows_under("running.md", "option", "meaning") for option in [row[0]]}
-    with pytest.raises(SystemExit):
-        cli.main(["raise", "--help"])
     assert options == set(raise_options())
 
 
@@ -441,7 +438,6 @@ def choice_eval() -> set[str]:
 
 
 def answer_eval() -> set[str]:
-    assert SamplingParams().temperature == 1.0
     said = [Completion("a b", (5, 6, 4), (-1.0, -1.0, -1.0), "stop")]
     kl = generation.kl_estimates([np.array([-1.0])], [np.array([-2.0])])
     return set(generation.describe(said)) | set(kl)
