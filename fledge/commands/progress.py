@@ -46,7 +46,7 @@ class Lines:
             return
         self._shown_at = now
         done, seconds = step - self._first[1], now - self._first[2]
-        left = f"{_duration((num_steps - step) * seconds / done)} left" if done else ""
+        left = f"{duration((num_steps - step) * seconds / done)} left" if done else ""
         rate = f"{done / seconds:.1f} steps/s" if done and seconds else ""
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         line = f"{stage:<12} {step}/{num_steps}  {rate}  {shown}  {left}"
@@ -58,7 +58,8 @@ class Lines:
         self._out.flush()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fledge.commands.progress import JsonLines, Lines
+from fledge.commands.progress import JsonLines, Lines, duration
 from fledge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fledge.recipes.estimate import StageEstimate
 
 
 def add_parser(subparsers: Any) -> None:
@@ -64,12 +67,14 @@ def _print_recipes(recipes: list[tuple[str, str]], *, as_json: bool) -> None:
     Console().print(table)
 
 
-def _print_plan(stages: Any, *, as_json: bool) -> None:
-    rows = [stage.to_row() for stage in stages]
+def _print_plan(stages: list[StageEstimate], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([stage.__dict__ for stage in stages]))
         return
-    table = Table("stage", "work", "time", "memory", "FLOPs", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
+    table = Table("stage", "work", box=None, pad_edge=False)
+    for heading in ("time", "memory", "FLOPs"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        flops = f"{stage.flops:.2e}" if stage.flops else ""
+        table.add_row(stage.stage, stage.work, duration(stage.seconds), f"{stage.bytes / 2**30:.1f} GiB", flops)
     Console().print(table)

@@ -27,5 +27,6 @@ def fledgling(depth: int | None = None) -> RingPlan:
         sft=SFTPlan(continued(depth, share=0.2, rate=0.2)),
         rankings=replace(plan.rankings, prompts=1500, held_out=300),
         ppo=ppo,
-        evaluation=replace(plan.evaluation, prompts=400),
+        evaluation=replace(plan.evaluation, prompts=400, benchmarks=("piqa", "openbookqa", "siqa")),
+        control=True,
     )

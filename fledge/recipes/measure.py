@@ -30,10 +30,10 @@ from fledge.recipes.chats import prompts
 from fledge.recipes.plan import RingPlan
 from fledge.recipes.ring import Listener
 from fledge.registry import family
-from fledge.train.device import default_device
+from fledge.train.device import default_device, raise_malloc_thresholds
 from fledge.types import ChatExample, Metrics, TextExample
 
-CHAT_STAGES = ("sft", "ppo")
+CHAT_STAGES = ("sft", "ppo", "control")
 NUM_EXAMPLES = 64  # questions of a benchmark set aside to be shown solved, never asked
 EXAMPLES_SEED = 0  # fixed: every model is asked the same questions
 
@@ -88,6 +88,7 @@ def measure(directory: Path, order: MeasureOrder, listener: Listener) -> Measure
     """
     for name in order.benchmarks:
         benchmark(name)
+    raise_malloc_thresholds()
     loaded = load_model(directory, device=default_device())
     if family(loaded.info.family).kind == "scalar":
         raise RunError(

@@ -131,6 +131,9 @@ class EvaluationPlan:
     prompts_shown: int = 6
     orders: tuple[int, ...] = (2, 3, 5)
     resamples: int = 10_000
+    benchmarks: tuple[str, ...] = ()  # multiple choice; fetched when the stage runs
+    shots: tuple[int, ...] = (0, 1, 5)
+    benchmark_limit: int | None = None  # questions of each
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ class RingPlan:
     reward: RewardPlan
     ppo: PPOConfig
     evaluation: EvaluationPlan
+    control: bool = False  # a second PPO without the pretraining mix, to see what the mix is worth
     compile: bool | None = None  # None: where a C++ compiler is there and the stage is long enough to pay
     save_seconds: float = 45.0  # how often a stage saves its state
 

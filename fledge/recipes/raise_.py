@@ -25,7 +25,7 @@ from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_st
 from fledge.recipes.runs import SERVED_STAGES, locked, open_run
 from fledge.recipes.stage_corpus import corpus_stage, tokenizer_stage
 from fledge.recipes.stage_evaluation import evaluation_stage
-from fledge.recipes.stage_ppo import ppo_stage
+from fledge.recipes.stage_ppo import control_stage, ppo_stage
 from fledge.recipes.stage_reward import gold_stage, rankings_stage, reward_stage
 from fledge.recipes.stage_text import code_stage, pretrain_stage, sft_stage
 from fledge.train.compile import resolve
@@ -58,8 +58,18 @@ RING: tuple[Stage[RingPlan], ...] = (
     Stage("reward", ("sft", "rankings"), reward_stage),
     Stage("gold", ("sft", "rankings"), gold_stage),
     Stage("ppo", ("corpus", "tokenizer", "sft", "reward", "gold"), ppo_stage),
-    Stage("evaluation", ("corpus", "tokenizer", "rankings", *SERVED_STAGES, "reward", "gold"), evaluation_stage),
-)  # fmt: skip
+)
+CONTROL = Stage("control", ("corpus", "tokenizer", "sft", "reward", "gold"), control_stage)
+EVALUATION = Stage(
+    "evaluation", ("corpus", "tokenizer", "rankings", *SERVED_STAGES, "reward", "gold"), evaluation_stage
+)
+
+
+def ring_of(plan: RingPlan) -> tuple[Stage[RingPlan], ...]:
+    """The stages of a plan in the order they run."""
+    if not plan.control:
+        return (*RING, EVALUATION)
+    return (*RING, CONTROL, replace(EVALUATION, needs=(*EVALUATION.needs, CONTROL.name)))
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ def raise_model(order: Order, listener: Listener) -> Path:
         compiles = _compiles(plan, path, device)
         run = RingRun(plan, path, listener, interrupts, board, device, compiles, measured_peak(device))
         try:
-            run_stages(run, RING)
+            run_stages(run, ring_of(plan))
         except Interrupted as stop:
             raise Interrupted(f"{stop}; go on with the same command") from stop
         finally:

@@ -25,7 +25,7 @@ from fledge.formats.checkpoint import LoadedModel, clear_states, load_model
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.report import StageReport, write_report
 from fledge.recipes.runs import Cost, Manifest, hash_outputs, read_manifest, verify_outputs, write_manifest
-from fledge.train.device import peak_memory_bytes
+from fledge.train.device import peak_memory_bytes, reset_peak_memory
 from fledge.types import Metrics
 
 PlanT = TypeVar("PlanT")
@@ -146,6 +146,7 @@ def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str])
     earlier = _read_cost(path / "cost.json")
     is_resumed = any(path.glob("state-*"))
     run.listener.stage(stage.name, "resumed" if is_resumed else "started", "")
+    reset_peak_memory()
     context = StageContext(
         name=stage.name,
         plan=run.plan,

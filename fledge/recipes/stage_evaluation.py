@@ -15,7 +15,7 @@ from fledge.models.ngram import fit_orders
 from fledge.models.scalar import ScalarModel
 from fledge.recipes.answers import Asked, base_answers, chat_answers, judge
 from fledge.recipes.chats import Prompt, prompts
-from fledge.recipes.report import Answer, Bars, Claim, Fact, Interval, Sample, Table
+from fledge.recipes.report import Answer, Bars, Cell, Claim, Fact, Interval, Sample, Table
 from fledge.recipes.stage_corpus import (
     Texts,
     chats_of,
@@ -30,13 +30,15 @@ from fledge.types import Completion, Metrics
 
 BASE_STAGES, CHAT_STAGES = ("pretrain", "code"), ("sft", "ppo")
 STAGES = (*BASE_STAGES, *CHAT_STAGES)
+ANSWER_ROOM = 64  # tokens of a row that an answer may take beyond its prompt
 MARGIN = 0.10  # how far below the best Kneser-Ney model the base model must lie
 
 
 def evaluation_stage(context: Context) -> None:
     """Bits per byte beside Kneser-Ney, win rates by the gold judge, answers after every stage."""
     texts = open_texts(context)
-    models = {name: context.model(name) for name in STAGES}
+    stages = (*STAGES, "control") if context.plan.control else STAGES
+    models = {name: context.model(name) for name in stages}
     context.listener.step(context.name, 1, 5, {})
     language = {
         name: measure_bits_per_byte(context, m.model, texts, (*texts.prose, *texts.code)) for name, m in models.items()
@@ -60,6 +62,7 @@ def evaluation_stage(context: Context) -> None:
             _win_table(wins),
             _manners_table(manners),
             _judges_table(context, models["sft"]),
+            *_benchmark_table(context, models),
         ),
         samples=_samples(context, found, answers),
     )
@@ -108,7 +111,8 @@ def _win_rates(
     asked = Asked([prompt.conversation for prompt in found], context.plan.ppo.response_length)
     scores = {name: judge(gold, sft.renderer, asked, said) for name, said in answers.items()}
     measured = {}
-    for before, after in pairwise(STAGES):
+    compared = [*pairwise(STAGES), ("sft", "control")] if "control" in answers else list(pairwise(STAGES))
+    for before, after in compared:
         measured[f"{after} over {before}"] = win_rate.evaluate_scores(
             (scores[after], scores[before]),
             [c.text for c in answers[after]],
@@ -127,12 +131,15 @@ def _manners(
     ids = [prompt.ids for prompt in found]
     scorers = [_scorer(models[name], len(max(ids, key=len))) for name in ("ppo", "sft")]
     measured["ppo"] |= generation.evaluate_kl(scorers[0], scorers[1], ids, answers["ppo"])
+    if "control" in models:
+        control = _scorer(models["control"], len(max(ids, key=len)))
+        measured["control"] |= generation.evaluate_kl(control, scorers[1], ids, answers["control"])
     return measured
 
 
 def _scorer(loaded: LoadedModel, prompt_length: int) -> CausalScorer:
     model: Any = loaded.model
-    return CausalScorer(model, row_length=prompt_length + 256, pad_id=loaded.tokenizer.pad_id)
+    return CausalScorer(model, row_length=prompt_length + ANSWER_ROOM, pad_id=loaded.tokenizer.pad_id)
 
 
 def _language_claims(base: Metrics, ngrams: dict[str, Metrics], texts: Texts) -> tuple[Claim, ...]:
@@ -194,6 +201,37 @@ def _judges_table(context: Context, sft: LoadedModel) -> Table:
         rows.append((name, interval, accuracy.get("accuracy_length_matched"), accuracy["calibration_error"]))
     columns = ("model", "pairs right %", "of equal length %", "calibration error")
     return Table.of("Reward model and gold judge on held-out rankings", columns, rows)
+
+
+def _benchmark_table(context: Context, models: dict[str, LoadedModel]) -> tuple[Table, ...]:
+    """Zero-, one- and few-shot multiple choice by likelihood, if the plan names benchmarks."""
+    plan = context.plan.evaluation
+    row_length = context.plan.pretrain.fit.row_length
+    rows: list[tuple[Cell, ...]] = []
+    for name in plan.benchmarks:
+        asked, examples = set_aside(questions(name, cache=cache_home()))
+        for stage, loaded in models.items():
+            any_model: Any = loaded.model
+            scorer = CausalScorer(any_model, row_length=row_length, pad_id=loaded.tokenizer.pad_id)
+            measured = [
+                multiple_choice.evaluate(
+                    scorer,
+                    asked,
+                    examples,
+                    loaded.tokenizer,
+                    num_shots=shots,
+                    seed=context.plan.seed,
+                    limit=plan.benchmark_limit,
+                )
+                for shots in plan.shots
+            ]
+            cells = (Interval(m["accuracy"], m["accuracy_low"], m["accuracy_high"], m["chance"]) for m in measured)
+            rows.append((name, stage, measured[0]["chance"], *cells))
+    if not rows:
+        return ()
+    columns = ("benchmark", "stage", "chance %", *(f"{shots}-shot %" for shots in plan.shots))
+    note = "Accuracy by likelihood; 95 % bootstrap intervals; the mark is chance."
+    return (Table.of("Multiple choice", columns, rows, note),)
 
 
 def _samples(context: Context, found: Sequence[Prompt], answers: dict[str, list[Completion]]) -> tuple[Sample, ...]:

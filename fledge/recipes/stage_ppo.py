@@ -18,7 +18,7 @@ from fledge.recipes.stage_corpus import Texts, chats_of, document_numbers, open_
 from fledge.recipes.stage_text import mixed
 from fledge.recipes.training import Context, Keeper, next_token, record_step, save_stage_model, step_flops
 from fledge.rl.actors import Actors
-from fledge.rl.ppo import PPO, PretrainMix, Round, World
+from fledge.rl.ppo import PPO, PPOConfig, PretrainMix, Round, World
 from fledge.rl.rollout import Episodes, Regions, RewardModelScorer, naive_sampler
 from fledge.train.compile import compiled
 from fledge.train.metrics import JsonLines
@@ -30,16 +30,24 @@ COMPILED_FROM_EPISODES = 10_000
 
 def ppo_stage(context: Context) -> None:
     """Rounds of sampling and learning; writes the policy, its moving average and the value model."""
-    plan = context.plan.ppo
+    _align(context, context.plan.ppo)
+
+
+def control_stage(context: Context) -> None:
+    """The same PPO without the pretraining mix: what the mix is worth (Ouyang et al. 2022, section 4.1)."""
+    _align(context, replace(context.plan.ppo, pretrain_weight=0.0))
+
+
+def _align(context: Context, plan: PPOConfig) -> None:
     sft, reward, gold = context.model("sft"), context.model("reward"), context.model("gold")
     texts = open_texts(context)
     reward_model, judge = _scalar(reward), _scalar(gold)
     actors = Actors.start(sft.model, reward_model)
-    ppo = PPO(plan, actors, _world(context, sft, reward_model, texts))
+    ppo = PPO(plan, actors, _world(context, plan, sft, reward_model, texts))
     saved = load_state(context.path)
     if saved is not None:
         ppo.load(saved[1], saved[2])
-    keeper, flops = Keeper(context), _round_flops(context, sft)
+    keeper, flops = Keeper(context), _round_flops(context, plan, sft)
     log = JsonLines(context.run / "metrics.jsonl", ppo.round_number, stage=context.name)
     gold_scorer = RewardModelScorer(judge)
     try:
@@ -63,8 +71,7 @@ def _scalar(loaded: LoadedModel) -> ScalarModel:
     return loaded.model
 
 
-def _world(context: Context, sft: LoadedModel, reward_model: ScalarModel, texts: Texts) -> World:
-    plan = context.plan.ppo
+def _world(context: Context, plan: PPOConfig, sft: LoadedModel, reward_model: ScalarModel, texts: Texts) -> World:
     found = prompts(
         chats_of(context, "ppo"),
         sft.renderer,
@@ -124,9 +131,9 @@ def _gold_score(scorer: RewardModelScorer, done: Round) -> float:
     return float(scorer(episodes).mean())
 
 
-def _round_flops(context: Context, sft: LoadedModel) -> float:
+def _round_flops(context: Context, plan: PPOConfig, sft: LoadedModel) -> float:
     """Arithmetic of a round: four networks forward over all episodes, two of them trained, the pretraining rows."""
-    plan, fit = context.plan.ppo, context.plan.pretrain.fit
+    fit = context.plan.pretrain.fit
     trained = step_flops(sft.model, replace(fit, rows=1, row_length=plan.prompt_length + plan.response_length))
     pretraining = step_flops(sft.model, replace(fit, rows=1))
     forward = trained / 3

@@ -136,6 +136,9 @@ def _ranking_model(context: Context, name: str, seed: int) -> None:
         raise DataError(f"no ranking of '{name}' has two answers of different rank; raise rankings.prompts")
     generator = torch.Generator().manual_seed(seed)
     model = ScalarModel.from_trunk(sft.info.family, sft.model, generator=generator)
+    if plan.epochs > 1:
+        warning = f"reward.epochs is {plan.epochs}: reward models overfit beyond one epoch (Ouyang et al. 2022)"
+        context.listener.stage(name, "warning", warning)
     per_step = min(plan.prompts_per_step, len(examples))
     fit = _fit_plan(context, num_examples=len(examples), per_step=per_step)
     pays = context.compiled and fit.steps >= COMPILED_FROM_STEPS

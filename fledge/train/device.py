@@ -10,7 +10,8 @@ import ctypes
 import logging
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 
@@ -53,9 +54,20 @@ def raise_malloc_thresholds() -> bool:
     return agreed
 
 
+def reset_peak_memory() -> None:
+    """Begin to measure anew, where the system can: Linux forgets the resident set's high-water mark on request."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes() -> int:
-    """The most memory this process has held: resident set, or on CUDA what torch has reserved, if that is more."""
+    """The most memory held since `reset_peak_memory`: resident set, or on CUDA what torch reserved, if that is more."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, kibibytes elsewhere
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        resident = int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     return max(resident, reserved)
