@@ -7,14 +7,17 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from fledge.data.multiple_choice import questions
+from fledge.data.package import cache_home
 from fledge.data.shards import Shards
-from fledge.evals import bits_per_byte, generation, win_rate
+from fledge.evals import bits_per_byte, generation, multiple_choice, win_rate
 from fledge.evals.scorer import CausalScorer, NGramScorer
 from fledge.formats.checkpoint import LoadedModel
 from fledge.models.ngram import fit_orders
 from fledge.models.scalar import ScalarModel
 from fledge.recipes.answers import Asked, base_answers, chat_answers, judge
 from fledge.recipes.chats import Prompt, prompts
+from fledge.recipes.measure import set_aside
 from fledge.recipes.report import Answer, Bars, Cell, Claim, Fact, Interval, Sample, Table
 from fledge.recipes.stage_corpus import (
     Texts,
