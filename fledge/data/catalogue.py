@@ -55,18 +55,14 @@ _CC, _BSD = "CC BY-SA 4.0", "BSD-3-Clause"
 SOURCES = (
     Source("wikipedia", "prose", "introductions of 10,033 articles", "en", 4.9, _CC, "wikipedia"),
     Source("wikipedia-fr", "prose", "introductions of 9,955", "fr", 3.7, _CC, "wikipedia", "french_examples"),
-    Source(
-        "wikipedia-es", "prose", "introductions of 6,239", "es", 2.7, _CC, "wikipedia", "spanish_examples"
-    ),
+    Source("wikipedia-es", "prose", "introductions of 6,239", "es", 2.7, _CC, "wikipedia", "spanish_examples"),
     Source("recipes", "prose", "3,129 recipes of the Wikibooks Cookbook", "en", 2.7, _CC, "recipes"),
     Source("three-kingdoms", "prose", "the novel 三国演义", "zh", 1.8, "public domain", "three_kingdoms"),
     Source("hsk", "prose", "4,354 graded sentences, translated", "zh", 0.2, _CC, "hsk"),
     Source("stdlib", "code", "the running Python's standard library", "python", 8.8, "PSF-2.0", "stdlib"),
     Source("chitchat", "chat", "4,017 chats between strangers", "en", 12.0, "MIT", "chitchat"),
     Source("chatterbot", "chat", "questions and answers, many subjects", "en", 0.2, _BSD, "chatterbot"),
-    Source(
-        "chatterbot-zh", "chat", "the same in Chinese", "zh", 0.03, _BSD, "chatterbot", "chinese_examples"
-    ),
+    Source("chatterbot-zh", "chat", "the same in Chinese", "zh", 0.03, _BSD, "chatterbot", "chinese_examples"),
 )
 
 

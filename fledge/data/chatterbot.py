@@ -50,9 +50,7 @@ def read_conversations(text: str, where: str) -> list[list[str]]:
         match = _ITEM.match(line)
         if match is None:
             if line.strip() and not line.startswith("    ") and not line.startswith("#"):
-                raise DataError(
-                    f"{where}: line {number} under conversations is {line[:40]!r}: expected a list item"
-                )
+                raise DataError(f"{where}: line {number} under conversations is {line[:40]!r}: expected a list item")
             pending.append(line)
             continue
         if conversations:
@@ -82,9 +80,7 @@ def _conversation(turns: Sequence[str]) -> Conversation | None:
     if not whole or not all(turn.strip() for turn in whole):
         return None
     roles: tuple[Role, Role] = ("user", "assistant")
-    return Conversation(
-        tuple(Message.of(roles[number % 2], turn.strip()) for number, turn in enumerate(whole))
-    )
+    return Conversation(tuple(Message.of(roles[number % 2], turn.strip()) for number, turn in enumerate(whole)))
 
 
 def _scalar(lines: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from fledge.data import catalogue
 from fledge.data.filters import FilterConfig, Sieve, example_text, select
-from fledge.data.folder import path_examples
+from fledge.data.folder import Content, path_examples
 from fledge.data.jsonl import example_to_json, record_example
 from fledge.data.manifest import NAME, check_file, read_manifest
 from fledge.data.reading import Drops, Example, Split
@@ -39,13 +39,16 @@ class Ingredient:
     """A source of the corpus: one of the catalogue by `name`, or, with `path`, the user's own folder or file.
 
     `limit_bytes` bounds the UTF-8 bytes read, taken from a shuffle by the seed; None: all. With `skip_bad`, files and
-    lines that cannot be used are counted and left out instead of refused.
+    lines that cannot be used are counted and left out instead of refused. `only` takes the program code of a path, or
+    all else. One that `may_be_empty` is not refused for yielding nothing.
     """
 
     name: str
     path: str | None = None
+    only: Content | None = None
     limit_bytes: int | None = None
     skip_bad: bool = False
+    may_be_empty: bool = False
 
 
 def write_corpus(
@@ -65,9 +68,7 @@ def write_corpus(
     """
     names = [ingredient.name for ingredient in ingredients]
     if len(set(names)) < len(names) or not names:
-        raise DataError(
-            f"the corpus is to be made of ({', '.join(names)}): expected one source or more, none twice"
-        )
+        raise DataError(f"the corpus is to be made of ({', '.join(names)}): expected one source or more, none twice")
     kitchen = _Kitchen(cache, seed, Sieve(filters or FilterConfig()), progress or _silent)
     write_directory(folder, lambda workplace: kitchen.fill(workplace, ingredients))
     return Corpus.open(folder)
@@ -80,7 +81,9 @@ def read_ingredient(ingredient: Ingredient, *, cache: Path, seed: int, drops: Dr
     else:
         bad = drops if ingredient.skip_bad else None
         examples = select(
-            path_examples(Path(ingredient.path), ingredient.name, drops=drops, bad=bad), "all", seed
+            path_examples(Path(ingredient.path), ingredient.name, only=ingredient.only, drops=drops, bad=bad),
+            "all",
+            seed,
         )
     num_bytes = 0
     for example in examples:
@@ -97,9 +100,7 @@ class Corpus:
         self.folder = folder
         self.yields: dict[str, dict[str, Any]] = manifest["yields"]
         self.sources: tuple[str, ...] = tuple(self.yields)
-        self.hash = hashlib.sha256(
-            "".join(manifest["files"][side]["sha256"] for side in SIDES).encode()
-        ).hexdigest()
+        self.hash = hashlib.sha256("".join(manifest["files"][side]["sha256"] for side in SIDES).encode()).hexdigest()
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> Corpus:
@@ -129,15 +130,11 @@ class Corpus:
     def _known(self, sources: Iterable[str] | None) -> set[str]:
         wanted = set(self.sources if sources is None else sources)
         if unknown := wanted - set(self.sources):
-            raise DataError(
-                f"{self.folder} holds no source '{min(unknown)}': it has {', '.join(self.sources)}"
-            )
+            raise DataError(f"{self.folder} holds no source '{min(unknown)}': it has {', '.join(self.sources)}")
         return wanted
 
 
-def tokenizer_sample(
-    corpus: Corpus, max_bytes: int, seed: int, *, floor_share: float = 0.05
-) -> Iterator[str]:
+def tokenizer_sample(corpus: Corpus, max_bytes: int, seed: int, *, floor_share: float = 0.05) -> Iterator[str]:
     """Training texts for a tokenizer: documents and messages of the train side, about `max_bytes` in all.
 
     Sources keep their proportions, except that each gets `floor_share` of `max_bytes` (or all it has), so that a small
@@ -146,8 +143,7 @@ def tokenizer_sample(
     sizes = {name: account["kept_bytes"]["train"] for name, account in corpus.yields.items()}
     total = max(sum(sizes.values()), 1)
     chances = {
-        name: min(1.0, max(max_bytes / total, floor_share * max_bytes / max(size, 1)))
-        for name, size in sizes.items()
+        name: min(1.0, max(max_bytes / total, floor_share * max_bytes / max(size, 1))) for name, size in sizes.items()
     }
     rng = np.random.default_rng(seed)
     for example in corpus.examples("train"):
@@ -183,8 +179,7 @@ class _Kitchen:
         unusable: dict[str, dict[str, Any]] = {}
         with ExitStack() as stack:
             files = {
-                side: stack.enter_context((workplace / f"{side}.jsonl").open("w", encoding="utf-8"))
-                for side in SIDES
+                side: stack.enter_context((workplace / f"{side}.jsonl").open("w", encoding="utf-8")) for side in SIDES
             }
             for ingredient in ingredients:
                 drops = Drops()
@@ -205,7 +200,7 @@ class _Kitchen:
 
     def _refuse_nothing(self, ingredient: Ingredient, drops: Drops) -> None:
         account = self._sieve.yields[ingredient.name]
-        if account.kept["train"]:
+        if account.kept["train"] or ingredient.may_be_empty:
             return
         reasons = [f"{count} x {reason}" for reason, count in account.dropped.items()]
         said = "; ".join(filter(None, [*reasons, str(drops)])) or "nothing was dropped"
@@ -217,8 +212,7 @@ class _Kitchen:
 
     def _write_manifest(self, workplace: Path, unusable: dict[str, dict[str, Any]]) -> None:
         yields = {
-            name: {**account.to_json(), "unusable": unusable[name]}
-            for name, account in self._sieve.yields.items()
+            name: {**account.to_json(), "unusable": unusable[name]} for name, account in self._sieve.yields.items()
         }
         files = {side: workplace / f"{side}.jsonl" for side in SIDES}
         manifest = {
@@ -227,8 +221,7 @@ class _Kitchen:
             "filters": asdict(self._sieve.config),
             "yields": yields,
             "files": {
-                side: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                for side, path in files.items()
+                side: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for side, path in files.items()
             },
         }
         (workplace / NAME).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")

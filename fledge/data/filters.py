@@ -28,9 +28,7 @@ class FilterConfig:
     """Lengths are in characters. `validation_cap` bounds the validation bytes of one source; None: no bound."""
 
     min_chars: int = 8
-    max_chars: int = (
-        8_000  # longer documents are cut at paragraphs, so that one book lands on both sides of the split
-    )
+    max_chars: int = 8_000  # longer documents are cut at paragraphs, so that one book lands on both sides of the split
     max_bad_share: float = 0.005  # share of control, replacement and unassigned-by-design characters
     min_messages: int = 2
     validation_share: float = 0.04
@@ -40,9 +38,7 @@ class FilterConfig:
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share must be between 0 and 1, got {self.validation_share}")
         if not 1 <= self.min_chars <= self.max_chars:
-            raise ConfigError(
-                f"expected 1 <= min_chars <= max_chars, got {self.min_chars} and {self.max_chars}"
-            )
+            raise ConfigError(f"expected 1 <= min_chars <= max_chars, got {self.min_chars} and {self.max_chars}")
 
 
 DEFAULT = FilterConfig()

@@ -47,9 +47,7 @@ class FimConfig:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
 
-def rearrange(
-    ids: NDArray[np.int32], cuts: tuple[int, int], is_spm: bool, tokens: FimTokens
-) -> NDArray[np.int32]:
+def rearrange(ids: NDArray[np.int32], cuts: tuple[int, int], is_spm: bool, tokens: FimTokens) -> NDArray[np.int32]:
     """The text tokens `ids`, cut before `cuts[0]` and `cuts[1]`, rearranged and framed: len(ids) + 5 ids."""
     prefix, middle, suffix = ids[: cuts[0]], ids[cuts[0] : cuts[1]], ids[cuts[1] :]
     if is_spm:

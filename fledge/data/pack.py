@@ -174,9 +174,7 @@ class PackedRows:
         self._plans: dict[int, _Plan] = {}
         self._ends: list[int] = []  # rows up to the end of each epoch planned so far
         if self.num_rows(0) == 0:
-            raise DataError(
-                "no document to pack into rows: expected at least one; choose a source that has text"
-            )
+            raise DataError("no document to pack into rows: expected at least one; choose a source that has text")
 
     def num_rows(self, epoch: int) -> int:
         while len(self._ends) <= epoch:

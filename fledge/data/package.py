@@ -110,9 +110,7 @@ def read_member(archive: Path, member: str) -> bytes:
                 raise KeyError(member)
             return file.read()
     except KeyError as error:
-        raise DataError(
-            f"{archive} holds no member '{member}'; delete the archive and fetch it again"
-        ) from error
+        raise DataError(f"{archive} holds no member '{member}'; delete the archive and fetch it again") from error
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"cannot read {archive}: {error}; delete the archive and fetch it again") from error
 
@@ -142,9 +140,7 @@ def _download(package: Package, workplace: Path, path: Path, client: Client) -> 
         raise _cannot_fetch(package, path, command, f"{command[0]} is not installed") from error
     if done.returncode != 0:
         complaints = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise _cannot_fetch(
-            package, path, command, complaints[-1] if complaints else f"exit code {done.returncode}"
-        )
+        raise _cannot_fetch(package, path, command, complaints[-1] if complaints else f"exit code {done.returncode}")
 
 
 def _run_client(command: Sequence[str], workplace: Path) -> subprocess.CompletedProcess[str]:

@@ -36,14 +36,10 @@ class Drops:
         self.first.setdefault(reason, where)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            reason: {"count": count, "first": self.first[reason]} for reason, count in self.counts.items()
-        }
+        return {reason: {"count": count, "first": self.first[reason]} for reason, count in self.counts.items()}
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"{count} x {reason} (first: {self.first[reason]})" for reason, count in self.counts.items()
-        )
+        return "; ".join(f"{count} x {reason} (first: {self.first[reason]})" for reason, count in self.counts.items())
 
 
 def open_binary(path: Path) -> io.BufferedReader:
@@ -53,15 +49,11 @@ def open_binary(path: Path) -> io.BufferedReader:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(
-                f"{path} is not a regular file: expected a file of text; leave it out or name a file"
-            )
+            raise DataError(f"{path} is not a regular file: expected a file of text; leave it out or name a file")
         return path.open("rb")
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise DataError(
-            f"cannot read {path}: {reason}; check the path and its permissions, or leave it out"
-        ) from error
+        raise DataError(f"cannot read {path}: {reason}; check the path and its permissions, or leave it out") from error
 
 
 def text_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
@@ -81,9 +73,7 @@ def text_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
             try:
                 text = newlines.decode(block, final=not raw)
             except UnicodeDecodeError as error:
-                raise _not_utf8(
-                    path, offset + len(raw) - len(block) - pending + error.start, error
-                ) from error
+                raise _not_utf8(path, offset + len(raw) - len(block) - pending + error.start, error) from error
             if text:
                 yield text
             if not raw:
@@ -120,9 +110,7 @@ def _read(file: io.BufferedReader, path: Path, size: int) -> bytes:
     try:
         return file.read(size)
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}; copy the file elsewhere or leave it out"
-        ) from error
+        raise DataError(f"cannot read {path}: {error.strerror}; copy the file elsewhere or leave it out") from error
 
 
 def _refuse_nul(where: Path | str, block: bytes, offset: int) -> None:

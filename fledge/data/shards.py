@@ -72,9 +72,7 @@ def write_shards(
                 writer.finish_shard()
         writer.finish_shard()
         if not writer.files:
-            raise DataError(
-                f"no document to tokenize for {folder}: expected at least one; add text to the corpus"
-            )
+            raise DataError(f"no document to tokenize for {folder}: expected at least one; add text to the corpus")
         writer.write_manifest()
 
     write_directory(folder, fill)
@@ -98,8 +96,7 @@ class Shards:
         self.num_bytes_N: NDArray[np.int64] = np.concatenate([index["num_bytes"] for index in indices])
         self.source_N: NDArray[np.int32] = np.concatenate([index["source"] for index in indices])
         ends = [
-            np.append(index["start"][1:], len(stream) - 1)
-            for index, stream in zip(indices, self._streams, strict=True)
+            np.append(index["start"][1:], len(stream) - 1) for index, stream in zip(indices, self._streams, strict=True)
         ]
         self.num_positions_N: NDArray[np.int64] = np.concatenate(ends) - self._start_N
 
@@ -182,11 +179,7 @@ class _Writer:
         tokens = self._write(f"{name}.tokens", np.concatenate(self._chunks))
         index = self._write(f"{name}.index", np.array(self._index, INDEX))
         self.files.append(
-            {
-                f"{part}{key}": value
-                for part, facts in (("tokens", tokens), ("index", index))
-                for key, value in facts
-            }
+            {f"{part}{key}": value for part, facts in (("tokens", tokens), ("index", index)) for key, value in facts}
         )
         self._clear()
 
@@ -210,9 +203,7 @@ class _Writer:
         return [("", name), ("_bytes", len(data)), ("_sha256", hashlib.sha256(data).hexdigest())]
 
 
-def _encoded(
-    documents: Iterable[TextExample], encoder: Encoder
-) -> Iterator[tuple[TextExample, Sequence[int]]]:
+def _encoded(documents: Iterable[TextExample], encoder: Encoder) -> Iterator[tuple[TextExample, Sequence[int]]]:
     """Every document with its token ids, tokenized in batches of about BATCH_CHARS characters."""
     batch: list[TextExample] = []
     num_chars = 0

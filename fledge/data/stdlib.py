@@ -47,9 +47,7 @@ def _pieces(root: Path) -> Iterator[TextExample]:
         except UnicodeDecodeError:
             continue
         for number, piece in enumerate(cut_python(text)):
-            yield TextExample(
-                piece.strip("\n") + "\n", Provenance("stdlib", f"{name.as_posix()}#{number}", LICENCE)
-            )
+            yield TextExample(piece.strip("\n") + "\n", Provenance("stdlib", f"{name.as_posix()}#{number}", LICENCE))
 
 
 def _is_generated(name: Path) -> bool:

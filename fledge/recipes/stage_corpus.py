@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from fledge.data.catalogue import source
 from fledge.data.corpus import Corpus, Ingredient, tokenize_corpus, tokenizer_sample, write_corpus
 from fledge.data.filters import example_text
+from fledge.data.folder import Content, contents
 from fledge.data.gpt2_vocabulary import load_gpt2
 from fledge.data.package import cache_home
 from fledge.data.shards import Shards
@@ -23,7 +25,8 @@ from fledge.text.report import fits
 from fledge.text.tokenizer import Tokenizer, train_tokenizer
 from fledge.types import ChatExample
 
-USER_SOURCE = "user"  # the folder given with --text
+# The folder given with --text, as two sources: program code goes the way of code, all else that of prose and chats.
+USER_SOURCES: dict[str, Content] = {"user": "other", "user-code": "code"}
 TOKENIZER_SAMPLE_CHARS = 4_000_000  # more changes the vocabulary of a few thousand tokens by less than noise
 MEASURED_CHARS = 200_000  # of each source, for bytes per token
 
@@ -34,7 +37,12 @@ def corpus_stage(context: Context) -> None:
     names = [*plan.prose, *plan.code, *plan.chats]
     ingredients = [Ingredient(name, limit_bytes=plan.limits.get(name)) for name in names]
     if plan.text is not None:
-        ingredients.append(Ingredient(USER_SOURCE, path=plan.text))
+        found = contents(Path(plan.text))
+        ingredients += [
+            Ingredient(name, path=plan.text, only=kind, may_be_empty=len(found) > 1)
+            for name, kind in USER_SOURCES.items()
+            if kind in found
+        ]
     folder = context.path / "documents"
     total = len(ingredients)
 
@@ -93,8 +101,8 @@ def open_texts(context: Context) -> Texts:
     folder = context.run / "tokenizer"
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     train, validation = Shards.open(folder / "shards" / "train"), Shards.open(folder / "shards" / "validation")
-    prose = tuple(name for name in (*plan.prose, USER_SOURCE) if name in train.sources)
-    code = tuple(name for name in plan.code if name in train.sources)
+    prose = tuple(name for name in (*plan.prose, "user") if name in train.sources)
+    code = tuple(name for name in (*plan.code, "user-code") if name in train.sources)
     if not prose:
         raise DataError("no prose to train on: name a source in corpus.prose or give --text a folder with text in it")
     return Texts(tokenizer, ChatRenderer(tokenizer), train, validation, prose, code)
@@ -141,7 +149,8 @@ def _yield_table(corpus: Corpus) -> Table:
 
 def _licence(context: Context, name: str, account: dict[str, Any]) -> Licence:
     uses = {"prose": "pretraining", "code": "code stage", "chat": "SFT, reward model, PPO prompts"}
-    use = "pretraining and SFT" if name == USER_SOURCE else uses.get(source(name).kind, "")
+    users = {"user": "pretraining and SFT", "user-code": "code stage"}
+    use = users[name] if name in users else uses.get(source(name).kind, "")
     return Licence(name, ", ".join(account["licences"]), sum(account["kept"].values()), _bytes(account), use)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fledge.data.filters import example_text
-from fledge.data.folder import as_dialogue, content_hash, examples, path_examples
+from fledge.data.folder import as_dialogue, content_hash, contents, examples, path_examples
 from fledge.data.jsonl import file_examples
 from fledge.data.reading import Drops, lines, text_blocks
 from fledge.errors import DataError
@@ -57,10 +57,7 @@ def test_text_code_chats_and_chinese_are_found_below_a_folder(tmp_path: Path) ->
 def test_the_folder_is_a_source_with_sides(tmp_path: Path) -> None:
     for number in range(60):
         write(tmp_path / f"{number}.txt", f"document {number}")
-    sides = [
-        {example_text(e) for e in examples(split, cache=tmp_path, seed=0)}
-        for split in ("train", "validation")
-    ]
+    sides = [{example_text(e) for e in examples(split, cache=tmp_path, seed=0)} for split in ("train", "validation")]
     assert len(sides[0] | sides[1]) == 60
     assert not sides[0] & sides[1]
 
@@ -189,9 +186,7 @@ def test_parquet_and_jsonl_read_the_same_records(tmp_path: Path) -> None:
         },
     ]
     jsonl = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
-    found = [
-        example.conversation for example in file_examples(jsonl, "user") if isinstance(example, ChatExample)
-    ]
+    found = [example.conversation for example in file_examples(jsonl, "user") if isinstance(example, ChatExample)]
     assert [message.role for message in found[1].messages] == ["system", "user", "assistant"]
     pq.write_table(pa.Table.from_pylist(records[:1]), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist([{"text": "plain"}, {"text": "more"}]), tmp_path / "b.parquet")
@@ -233,3 +228,12 @@ def test_the_content_hash_changes_with_names_and_contents_only(tmp_path: Path) -
     path.rename(tmp_path / "b.txt")
     assert len({first, second, content_hash(tmp_path)}) == 3
     assert content_hash(tmp_path / "b.txt")
+
+
+def test_program_code_and_everything_else_are_told_apart_by_file(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def tell():\n    return 'a long enough function'\n")
+    (tmp_path / "b.md").write_text("A page about something else entirely.")
+    assert contents(tmp_path) == {"code", "other"}
+    code = [example.provenance.id for example in path_examples(tmp_path, "own", only="code")]
+    other = [example.provenance.id for example in path_examples(tmp_path, "own", only="other")]
+    assert (code, other) == (["a.py"], ["b.md"])
