@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from train_toy import (
     text_rows,
 )
 
+from fledge.batches import Loss
 from fledge.errors import CheckpointError, TrainingHalted
 from fledge.train.loop import fit, train_step
 from fledge.train.optim import OptimizerSet
@@ -132,17 +134,31 @@ def test_c49_nan_halts_with_the_batch_on_disk_and_the_weights_untouched(
     assert dumped.keys() == {f"{i}.{field}" for i in (0, 1) for field in ("x_N", "y_N", "mask_N")}
 
 
-def test_a_nan_that_appears_only_in_the_gradient_halts_too() -> None:
-    class Cusp(ToyObjective):
-        def loss(self, model: torch.nn.Module, batch: ToyBatch) -> Any:
-            loss = super().loss(model, batch)
-            zero = (model(batch.x_N) * 0).sum().sqrt()  # value 0, derivative infinite times zero
-            square = loss.terms["square"]
-            return type(loss)({**loss.terms, "square": replace(square, sum=square.sum + zero)}, loss.stats)
+class Spoiled(ToyObjective):
+    """The toy's loss plus whatever `spoil` makes of the predictions."""
 
+    def __init__(self, spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._spoil = spoil
+
+    def loss(self, model: torch.nn.Module, batch: ToyBatch) -> Loss:
+        loss = super().loss(model, batch)
+        square = loss.terms["square"]
+        spoiled = replace(square, sum=square.sum + self._spoil(model(batch.x_N)))
+        return Loss({**loss.terms, "square": spoiled}, loss.stats)
+
+
+def test_a_nan_that_appears_only_in_the_gradient_halts_too() -> None:
+    cusp = Spoiled(lambda y_N: (y_N * 0).sum().sqrt())  # value 0, derivative infinite times zero
     model = ToyModel()
     with pytest.raises(TrainingHalted, match="gradient norm nan"):
-        train_step(model, OptimizerSet(model, plain_config()), [(Cusp(), toy_batch([1.0], [1.0]))])
+        train_step(model, OptimizerSet(model, plain_config()), [(cusp, toy_batch([1.0], [1.0]))])
+
+
+def test_an_infinite_loss_with_a_finite_gradient_halts_too() -> None:
+    endless = Spoiled(lambda y_N: torch.tensor(float("inf")))
+    model = ToyModel()
+    with pytest.raises(TrainingHalted, match="loss inf"):
+        train_step(model, OptimizerSet(model, plain_config()), [(endless, toy_batch([1.0], [1.0]))])
 
 
 def test_a_frozen_model_can_be_stepped_and_stays() -> None:

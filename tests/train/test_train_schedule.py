@@ -48,3 +48,8 @@ def test_no_step_is_lost_at_zero_or_above_the_peak(
 def test_impossible_schedules_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         Schedule(**{"kind": "linear", "num_steps": 10, **bad})  # type: ignore[arg-type]
+
+
+def test_a_cooldown_longer_than_what_the_warmup_leaves_starts_from_the_peak() -> None:
+    schedule = Schedule("linear", 10, warmup_steps=5, cooldown=1.0)
+    assert [schedule.scale(step) for step in (4, 5, 6, 9)] == pytest.approx([1, 1, 0.8, 0.2])
