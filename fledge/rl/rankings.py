@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TypeVar
 
 from fledge.objectives.ranking import RankedIds
 from fledge.text.chat import ChatRenderer
@@ -72,20 +71,6 @@ def rank(candidates: Candidates, size: int) -> Ranking | None:
         makers=tuple(answer.maker for _, answer in chosen),
         provenance=candidates.provenance,
     )
-
-
-PromptedT = TypeVar("PromptedT", Candidates, Ranking)
-
-
-def split_by_prompt(
-    prompted: Sequence[PromptedT], *, share: float, seed: int
-) -> tuple[list[PromptedT], list[PromptedT]]:
-    """Two disjoint parts, the first of about `share`; equal prompts, whatever their case and spacing, stay together."""
-    parts: tuple[list[PromptedT], list[PromptedT]] = ([], [])
-    for one in prompted:
-        is_second = _number(one.prompt, seed) / 2**64 >= share
-        parts[is_second].append(one)
-    return parts
 
 
 def ranked_ids(

@@ -1,10 +1,10 @@
-"""Rankings from given answers: the order of makers, honest ties, sizes, and halves that share no prompt."""
+"""Rankings from given answers: the order of makers, honest ties, sizes, and answers cut to fit."""
 
 from __future__ import annotations
 
 import pytest
 
-from fledge.rl.rankings import Answer, Candidates, make_rankings, rank, ranked_ids, split_by_prompt
+from fledge.rl.rankings import Answer, Candidates, make_rankings, rank, ranked_ids
 from fledge.text.chat import ChatRenderer
 from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
 from fledge.types import Conversation, Provenance
@@ -61,20 +61,6 @@ def test_sizes_vary_from_four_to_nine_and_depend_on_the_prompt_alone():
     assert {len(ranking.completions) for ranking in rankings} == {4, 5, 6, 7, 8, 9}
     assert make_rankings(many[50:60], seed=0) == rankings[50:60]
     assert make_rankings(many, seed=1) != rankings
-
-
-def test_c56_halves_share_no_prompt_and_are_about_equal():
-    many = [candidates(number) for number in range(400)]
-    shouted = [
-        Candidates(Conversation.of(("user", f"QUESTION   {n}")), c.tiers, PROVENANCE)
-        for n, c in enumerate(many)
-    ]
-    first, second = split_by_prompt([*many, *shouted], share=0.5, seed=3)
-    keys = [{" ".join(c.prompt.messages[0].text.lower().split()) for c in part} for part in (first, second)]
-    assert not keys[0] & keys[1]
-    assert len(keys[0] | keys[1]) == 400
-    assert 160 < len(keys[0]) < 240
-    assert len(split_by_prompt(many, share=0.25, seed=3)[0]) < len(keys[0])
 
 
 @pytest.fixture(scope="module")

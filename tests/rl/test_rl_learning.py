@@ -1,0 +1,166 @@
+"""What reward model and PPO learn in the toy world. A rising reward alone proves little: see test_rl_ppo.py."""
+
+from __future__ import annotations
+
+import pytest
+import rl_toy as toy
+import torch
+
+from fledge.models.scalar import ScalarModel, read_scores
+from fledge.objectives.clipped_policy import action_logprobs
+from fledge.objectives.ranking import KWiseRanking, RankedIds, last_scores
+from fledge.rl.actors import Actors
+from fledge.rl.kl import KLConfig
+from fledge.rl.ppo import PPO
+from fledge.rl.reward import RewardConfig
+from fledge.rl.rollout import Regions, RewardModelScorer, naive_sampler
+from fledge.train.compile import compiled, obstacle
+from fledge.train.loop import train_step
+from fledge.train.optim import OptimConfig, OptimizerSet
+from fledge.types import Metrics, SamplingParams
+
+RANKING = KWiseRanking(toy.PROMPT + toy.RESPONSE, toy.PAD)
+
+
+def history(ppo: PPO) -> list[Metrics]:
+    return [ppo.round().metrics for _ in range(ppo.config.rounds)]
+
+
+def mean(rounds: list[Metrics], name: str) -> float:
+    return sum(metrics[name] for metrics in rounds) / len(rounds)
+
+
+def pretraining_loss(model) -> float:
+    """Nats a token on counting documents that no one trained on."""
+    batch = toy.counting(torch.Generator().manual_seed(77), 128)
+    with torch.no_grad():
+        (term,) = toy.OBJECTIVE.loss(model, batch).terms.values()
+    return float(term.sum) / term.count
+
+
+def share(ids) -> float:
+    letters = [token for token in ids if token >= toy.LETTER_A]
+    return sum(token == toy.LETTER_A for token in letters) / max(1, len(letters))
+
+
+def rankings(num_prompts: int, noise: float, seed: int) -> list[RankedIds]:
+    """Four samples of the toy language model a prompt, ranked by their share of "a" as a noisy labeler sees it."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [prompt for prompt in toy.prompts(num_prompts, seed) for _ in range(4)]
+    sampler = naive_sampler(pad_id=toy.PAD, stop_ids=frozenset({toy.END}), decode=toy.decode)
+    said = sampler(toy.language_model(), prompts, SamplingParams(max_tokens=toy.RESPONSE), generator)
+    examples = []
+    for start in range(0, len(said), 4):
+        ids = [completion.ids for completion in said[start : start + 4]]
+        seen = [round(share(one) + noise * float(torch.randn((), generator=generator)), 6) for one in ids]
+        ranks = tuple(1 + sum(other > mine for other in seen) for mine in seen)
+        if len(set(ranks)) > 1:
+            examples.append(RankedIds(prompts[start], tuple(ids), ranks))
+    return examples
+
+
+def reward_model(num_steps: int) -> ScalarModel:
+    model = ScalarModel.from_trunk("llama", toy.language_model(), generator=torch.Generator().manual_seed(1))
+    optimizers = OptimizerSet(model, OptimConfig.adamw(1e-3, decay=0.0))
+    examples = rankings(16 * num_steps, noise=0.1, seed=2)
+    for step in range(num_steps):
+        batch = RANKING.collate(examples[16 * step : 16 * step + 16] or examples[:16])
+        train_step(model, optimizers, [(RANKING, batch)], clip_norm=1.0)
+    return model
+
+
+def accuracy(model: ScalarModel, examples: list[RankedIds]) -> float:
+    with torch.no_grad():
+        total, count = RANKING.loss(model, RANKING.collate(examples)).stats["accuracy"]
+    return float(total) / count
+
+
+def test_ppo_raises_the_share_of_a():
+    rounds = history(toy.ppo(toy.config(rounds=12, seed=1)))
+    assert mean(rounds[-3:], "score_mean") >= 0.7
+    assert mean(rounds[-3:], "score_mean") >= rounds[0]["score_mean"] + 0.4
+    assert min(metrics["kl_k3"] for metrics in rounds) >= 0
+    assert mean(rounds[-3:], "kl") > 0
+    assert max(metrics["ratio_gap"] for metrics in rounds) <= 1e-5
+
+
+def test_reward_model_learns_a_noisy_ranking():
+    held_out = rankings(96, noise=0.0, seed=3)
+    model = reward_model(30)
+    before = ScalarModel.from_trunk("llama", toy.language_model(), generator=torch.Generator().manual_seed(1))
+    assert accuracy(model, held_out) >= 0.85
+    assert accuracy(model, held_out) > accuracy(before, held_out) + 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_ppo_raises_the_share_of_a_for_every_seed(seed):
+    rounds = history(toy.ppo(toy.config(seed=seed)))
+    assert mean(rounds[-5:], "score_mean") >= 0.8
+    assert mean(rounds[-5:], "score_mean") >= mean(rounds[:1], "score_mean") + 0.5
+
+
+@pytest.mark.slow
+def test_k_wise_reward_model_orders_nine_clean_pairs_of_ten():
+    assert accuracy(reward_model(60), rankings(200, noise=0.0, seed=3)) >= 0.9
+
+
+@pytest.mark.slow
+def test_c17_c41_ppo_on_a_learned_reward_raises_the_true_one():
+    model = reward_model(60)
+    with torch.no_grad():
+        scores = last_scores(model, RANKING.collate(rankings(64, noise=0.0, seed=4)))
+    model.normalise(float(scores.mean()), float(scores.std()))
+    ppo = PPO(toy.config(), Actors.start(toy.language_model(), model), toy.world(RewardModelScorer(model)))
+    results = [ppo.round() for _ in range(ppo.config.rounds)]
+    truth = [sum(share(c.ids) for c in result.completions) / len(result.completions) for result in results]
+    assert sum(truth[-5:]) / 5 >= 0.7
+    assert truth[0] < 0.3
+
+
+@pytest.mark.slow
+def test_c23_price_of_a_missing_end_decides_whether_answers_end():
+    for reward, ends in ((RewardConfig(), True), (RewardConfig(missing_end_score=None), False)):
+        rounds = history(toy.ppo(toy.config(reward=reward, kl=KLConfig(beta=0.01)), toy.world(toy.length)))
+        rate = mean(rounds[-3:], "end_rate")
+        assert rate >= 0.9 if ends else rate <= 0.3
+
+
+@pytest.mark.slow
+def test_c47_pretraining_mix_keeps_more_than_half_of_what_ppo_forgets():
+    losses = []
+    for weight in (0.0, 0.5):
+        ppo = toy.ppo(toy.config(pretrain_weight=weight), toy.world(pretrain=toy.pretrain_mix()))
+        rounds = history(ppo)
+        losses.append(pretraining_loss(ppo.actors.policy))
+        assert mean(rounds[-5:], "score_mean") > rounds[0]["score_mean"] + 0.2
+    assert losses[1] < losses[0] / 2
+
+
+@pytest.mark.slow
+def test_kl_falls_with_its_price():
+    kl = []
+    for beta in (0.0, 0.05, 0.2, 1.0):
+        rounds = history(toy.ppo(toy.config(kl=KLConfig(beta=beta), rounds=20)))
+        kl.append(mean(rounds[-5:], "kl"))
+    assert kl == sorted(kl, reverse=True)
+    assert kl[-1] < 1 < kl[0]
+
+
+@pytest.mark.slow
+def test_adaptive_price_brings_the_kl_to_its_target():
+    kl = KLConfig(beta=0.05, target=2.0, horizon=256)
+    config = toy.config(kl=kl, rounds=80, epochs=2, policy_optim=OptimConfig.adamw(5e-4, decay=0.0, eps=1e-5))
+    rounds = history(toy.ppo(config))
+    assert 1.3 <= mean(rounds[-20:], "kl") <= 2.7
+
+
+@pytest.mark.slow
+def test_compiled_regions_give_the_same_round():
+    if obstacle("cpu") is not None:
+        pytest.skip("no compiler here")
+    config = toy.config(rounds=1, episodes=16, minibatch=8, forward_rows=8)
+    regions = Regions(compiled(action_logprobs), compiled(read_scores))
+    metrics = [toy.ppo(config, toy.world(regions=given)).round().metrics for given in (Regions(), regions)]
+    for name in ("loss", "approx_kl", "kl_k3", "value_error"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], abs=1e-3)
