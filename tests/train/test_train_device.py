@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from fledge.train.device import default_device, peak_memory_bytes, precision, raise_malloc_thresholds
+from fledge.train.device import (
+    default_device,
+    peak_memory_bytes,
+    precision,
+    raise_malloc_thresholds,
+    reset_peak_memory,
+)
 
 
 def test_the_cpu_computes_in_float32() -> None:
@@ -33,6 +40,15 @@ def test_peak_memory_is_at_least_what_torch_takes_and_in_bytes() -> None:
     held = torch.ones(64 << 20, dtype=torch.uint8)
     assert 20 << 20 < before < 1 << 40
     assert peak_memory_bytes() >= held.numel()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_the_peak_can_be_measured_anew() -> None:
+    held = torch.ones(256 << 20, dtype=torch.uint8)
+    with_it = peak_memory_bytes()
+    del held
+    reset_peak_memory()
+    assert peak_memory_bytes() < with_it - (128 << 20)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
