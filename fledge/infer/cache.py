@@ -10,10 +10,18 @@ Shapes: B rows, T new positions, S columns held, H query heads, G key/value head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class _Sight(NamedTuple):
+    """The columns from `first` to the last, and what is added to the scores over them (None: nothing)."""
+
+    first: int
+    mask: Tensor | None
 
 
 class CacheContext:
@@ -33,15 +41,10 @@ class CacheContext:
         self._tokens_BS = torch.zeros(len(lengths), capacity, dtype=torch.int64, device=device)
         self._keys: dict[int, Tensor] = {}  # site -> k_BGSK
         self._values: dict[int, Tensor] = {}
-        self._masks: dict[int | None, Tensor | None] = {}  # window -> what this feed adds to the scores
+        self._sights: dict[int | None, _Sight] = {}  # window -> what this feed sees through it
         self._padding_B11S: Tensor | None = None
         self._held = 0  # columns of earlier feeds
         self._end = 0  # columns including this feed
-
-    @property
-    def num_columns(self) -> int:
-        """How many columns hold a position, padding included."""
-        return self._end
 
     def feed(self, tokens_BT: Tensor) -> None:
         """Announce the next T positions of every row; they attend to everything fed before them."""
@@ -49,7 +52,7 @@ class CacheContext:
         assert self._end <= self._columns_S.shape[0], (
             f"column {self._end} of a cache of {self._columns_S.shape[0]}"
         )
-        self._masks.clear()
+        self._sights.clear()
         self._tokens_BS[:, self._held : self._end] = tokens_BT
         positions_BT = self._columns_S[self._held : self._end] - self._starts_B1
         # Padding is given position 0, so that learned positions can be looked up; nothing attends to it.
@@ -67,14 +70,13 @@ class CacheContext:
         scale: float | None = None,
     ) -> Tensor:
         """See `layers.attention.Context`. A `bias` is as wide as the columns held, this feed included, or one wide."""
-        k_BGSK = self._remember(self._keys, site, k_BTGK)
-        v_BGSK = self._remember(self._values, site, v_BTGK)
-        first = self._first_column(window)
-        mask = self._mask(window, first, q_BTHK.dtype)
+        sight = self._sights.get(window) or self._look(window, q_BTHK.dtype)
+        k_BGSK = self._remember(self._keys, site, k_BTGK, sight.first)
+        v_BGSK = self._remember(self._values, site, v_BTGK, sight.first)
+        mask = sight.mask
         if bias is not None:
-            seen = bias if bias.shape[-1] == 1 else bias[..., first : self._end]
+            seen = bias if bias.shape[-1] == 1 else bias[..., sight.first : self._end]
             mask = seen.to(q_BTHK.dtype) if mask is None else mask + seen
-        k_BGSK, v_BGSK = k_BGSK[:, :, first : self._end], v_BGSK[:, :, first : self._end]
         if q_BTHK.shape[1] == 1:
             return _attend_one(q_BTHK, k_BGSK, v_BGSK, mask, scale)
         return _attend_many(q_BTHK, k_BGSK, v_BGSK, mask, scale)
@@ -109,29 +111,29 @@ class CacheContext:
         if self._padding_B11S is not None:
             self._padding_B11S = self._padding_B11S[:num_rows]
 
-    def _remember(self, store: dict[int, Tensor], site: int, new_BTGK: Tensor) -> Tensor:
+    def _remember(self, store: dict[int, Tensor], site: int, new_BTGK: Tensor, first: int) -> Tensor:
+        """Write this feed's columns; all of them from `first` on, (B, G, S, K)."""
         held_BGSK = store.get(site)
         if held_BGSK is None:
             num_rows, _, num_groups, head_width = new_BTGK.shape
             held_BGSK = new_BTGK.new_empty(num_rows, num_groups, self._columns_S.shape[0], head_width)
             store[site] = held_BGSK
-        held_BGSK[:, :, self._held : self._end] = new_BTGK.transpose(1, 2)
-        return held_BGSK
+        held_BGSK.narrow(2, self._held, self._end - self._held).copy_(new_BTGK.transpose(1, 2))
+        return held_BGSK.narrow(2, first, self._end - first)
 
-    def _first_column(self, window: int | None) -> int:
-        """The first column that any position of this feed may see; what stands before it is not read at all."""
-        first = min(self._starts)
-        if self._held == 0:
-            return 0  # the first feed carries queries in the padding, which look at padding
-        return first if window is None else max(first, self._held + 1 - window)
-
-    def _mask(self, window: int | None, first: int, dtype: torch.dtype) -> Tensor | None:
-        """What to add to the scores over columns first..end, (B or 1, 1, T or 1, S); None if nothing is hidden."""
-        if window not in self._masks:
-            self._masks[window] = self._build_mask(window, first, dtype)
-        return self._masks[window]
+    def _look(self, window: int | None, dtype: torch.dtype) -> _Sight:
+        """What this feed sees through a window, worked out once for all layers that have it."""
+        first = 0  # the first feed carries queries in the padding, which look at padding
+        if self._held > 0:
+            first = min(self._starts)
+            if window is not None:
+                first = max(first, self._held + 1 - window)
+        sight = _Sight(first, self._build_mask(window, first, dtype))
+        self._sights[window] = sight
+        return sight
 
     def _build_mask(self, window: int | None, first: int, dtype: torch.dtype) -> Tensor | None:
+        """What to add to the scores of columns first..end, (B or 1, 1, T or 1, S); None if nothing is hidden."""
         if self._end - self._held == 1:  # every column in sight is allowed, save padding
             if first >= max(self._starts):
                 return None
