@@ -6,14 +6,16 @@ import pytest
 import rl_toy as toy
 import torch
 
-from fledge.models.scalar import ScalarModel, read_scores
-from fledge.objectives.clipped_policy import action_logprobs
+from fledge.models.scalar import ScalarModel
+from fledge.objectives.clipped_policy import ActionSpace, ClippedPolicy, action_logprobs
+from fledge.objectives.clipped_value import ClippedValue
 from fledge.objectives.ranking import KWiseRanking, RankedIds, last_scores
+from fledge.objectives.scores import read_scores
 from fledge.rl.actors import Actors
 from fledge.rl.kl import KLConfig
 from fledge.rl.ppo import PPO
 from fledge.rl.reward import RewardConfig
-from fledge.rl.rollout import Regions, RewardModelScorer, naive_sampler
+from fledge.rl.rollout import RewardModelScorer, naive_sampler
 from fledge.train.compile import compiled, obstacle
 from fledge.train.loop import train_step
 from fledge.train.optim import OptimConfig, OptimizerSet
@@ -149,18 +151,30 @@ def test_kl_falls_with_its_price():
 
 @pytest.mark.slow
 def test_adaptive_price_brings_the_kl_to_its_target():
-    kl = KLConfig(beta=0.05, target=2.0, horizon=256)
-    config = toy.config(kl=kl, rounds=80, epochs=2, policy_optim=OptimConfig.adamw(5e-4, decay=0.0, eps=1e-5))
-    rounds = history(toy.ppo(config))
-    assert 1.3 <= mean(rounds[-20:], "kl") <= 2.7
+    kl = KLConfig(beta=0.2, target=2.0, horizon=600)
+    optim = OptimConfig.adamw(3e-4, decay=0.0, eps=1e-5)
+    rounds = history(toy.ppo(toy.config(kl=kl, rounds=120, epochs=1, policy_optim=optim)))
+    # The controller swings about its target, in waves of some 60 rounds here.
+    assert 1.4 <= mean(rounds[-60:], "kl") <= 2.6
 
 
 @pytest.mark.slow
-def test_compiled_regions_give_the_same_round():
+def test_compiled_regions_give_the_same_losses_and_gradients():
     if obstacle("cpu") is not None:
         pytest.skip("no compiler here")
-    config = toy.config(rounds=1, episodes=16, minibatch=8, forward_rows=8)
-    regions = Regions(compiled(action_logprobs), compiled(read_scores))
-    metrics = [toy.ppo(config, toy.world(regions=given)).round().metrics for given in (Regions(), regions)]
-    for name in ("loss", "approx_kl", "kl_k3", "value_error"):
-        assert metrics[1][name] == pytest.approx(metrics[0][name], abs=1e-3)
+    rollout = toy.ppo(toy.config(rounds=1, episodes=8, minibatch=8, epochs=1)).round().rollout
+    space = ActionSpace(toy.RESPONSE, banned_ids=(toy.PAD,))
+    policy = [ClippedPolicy(space), ClippedPolicy(space, region=compiled(action_logprobs))]
+    value = [ClippedValue(), ClippedValue(region=compiled(read_scores))]
+    judge = ScalarModel.from_trunk("llama", toy.language_model(), generator=torch.Generator().manual_seed(1))
+    for objectives, model in ((policy, toy.language_model()), (value, judge)):
+        results = []
+        for objective in objectives:
+            model.zero_grad()
+            (term,) = objective.loss(model, rollout).terms.values()
+            term.sum.backward()
+            results.append(
+                [term.sum.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            )
+        for plain, fast in zip(*results, strict=True):
+            assert torch.allclose(plain, fast, atol=1e-3, rtol=1e-3)
