@@ -54,20 +54,24 @@ def test_every_part_of_the_package_has_a_layer() -> None:
     assert {part_of(path) for path in FILES} - {"__init__"} <= set(LEVEL)
 
 
+def our_imports(tree: ast.Module) -> list[str]:
+    """The modules of ours that a module imports, wherever in it the import stands."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [module for module in found if module.startswith("fledge.")]
+
+
 def test_imports_point_downward() -> None:
-    wrong = []
-    for path, tree in TREES.items():
-        own = part_of(path)
-        for node in ast.walk(tree):
-            modules = []
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fledge."):
-                modules = [node.module]
-            elif isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names if alias.name.startswith("fledge.")]
-            for module in modules:
-                other = module.split(".")[1]
-                if own != other and LEVEL[other] >= LEVEL[own]:
-                    wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    pairs = [(path, module) for path, tree in TREES.items() for module in our_imports(tree)]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path, module in pairs
+        if part_of(path) != module.split(".")[1] and LEVEL[module.split(".")[1]] >= LEVEL[part_of(path)]
+    ]
     assert not wrong
 
 
@@ -116,22 +120,26 @@ def test_no_module_does_anything_when_imported() -> None:
     assert not acting
 
 
+BANNED_NAMES = {"eval", "exec", "compile"}
+BANNED_CALLS = {"torch.save", "torch.load", "pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "np.save"}
+
+
+def called(node: ast.Call) -> str:
+    if isinstance(node.func, ast.Name):
+        return node.func.id
+    if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+        return f"{node.func.value.id}.{node.func.attr}"
+    return ""
+
+
 def test_no_pickle_and_no_eval() -> None:
-    banned = {("torch", "save"), ("torch", "load"), ("pickle", "load"), ("pickle", "dump"), ("np", "load")}
-    found = []
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import) and any(alias.name == "pickle" for alias in node.names):
-                found.append(f"{path.name} imports pickle")
-            if not isinstance(node, ast.Call):
-                continue
-            if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "compile"):
-                found.append(f"{path.name}:{node.lineno} {node.func.id}")
-            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-                named = (node.func.value.id, node.func.attr)
-                safe = any(keyword.arg == "allow_pickle" and not keyword.value.value for keyword in node.keywords)  # type: ignore[attr-defined]
-                if named in banned and not (named == ("np", "load") and safe):
-                    found.append(f"{path.name}:{node.lineno} {'.'.join(named)}")
+    nodes = [(path, node) for path, tree in TREES.items() for node in ast.walk(tree)]
+    calls = [(path, node) for path, node in nodes if isinstance(node, ast.Call)]
+    found = [f"{path.name}:{node.lineno}" for path, node in calls if called(node) in BANNED_NAMES | BANNED_CALLS]
+    imports = [(path, node) for path, node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    found += [f"{path.name}:{node.lineno}" for path, node in imports if "pickle" in ast.unparse(node)]
+    loads = [(path, node) for path, node in calls if called(node) in ("np.load", "numpy.load")]
+    found += [f"{path.name}:{node.lineno}" for path, node in loads if "allow_pickle=False" not in ast.unparse(node)]
     assert not found
 
 

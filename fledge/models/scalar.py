@@ -11,7 +11,7 @@ of Stiennon et al. 2020 (2009.01325), appendix B.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fledge.config import from_json, to_json
 from fledge.errors import ConfigError
-from fledge.layers.attention import Context, SegmentContext
+from fledge.layers.attention import Context
 from fledge.registry import family, load_family
 
 
@@ -144,14 +144,6 @@ def _language_head(trunk: nn.Module) -> set[str]:
     roles: dict[str, str] = trunk.roles()  # type: ignore[operator]
     owners = {name.rpartition(".")[0] for name, role in roles.items() if role == "head"}
     return {name for name in roles if name.rpartition(".")[0] in owners}
-
-
-ScoreRegion = Callable[[ScalarModel, Tensor, Tensor], Tensor]
-
-
-def read_scores(model: ScalarModel, x: Tensor, segments_BT: Tensor) -> Tensor:
-    """Scores (B, T) from embedded tokens: the costly region, without sparse gradients, that a caller may compile."""
-    return model.hidden(x, SegmentContext(segments_BT))
 
 
 def freeze(model: nn.Module, roles: Sequence[str]) -> list[nn.Parameter]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fledge.batches import Loss, Rollout, Term
 from fledge.layers.attention import SegmentContext
-from fledge.models.scalar import ScalarModel, ScoreRegion, read_scores
+from fledge.objectives.scores import Judge, ScoreRegion, read_scores
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ClippedValue:
         (rollout,) = examples
         return rollout
 
-    def loss(self, model: ScalarModel, batch: Rollout) -> Loss:
+    def loss(self, model: Judge, batch: Rollout) -> Loss:
         """Term `value`: sum over actions. Stats: squared error, value, share of actions whose value was clipped."""
         values_BT = action_values(model, batch.tokens_BT, batch.segments_BT, self.region)
         mask_BT, count = batch.action_mask_BT, batch.counts["value"]
@@ -53,7 +53,7 @@ class ClippedValue:
 
 
 def action_values(
-    model: ScalarModel, tokens_BT: Tensor, segments_BT: Tensor, region: ScoreRegion = read_scores
+    model: Judge, tokens_BT: Tensor, segments_BT: Tensor, region: ScoreRegion = read_scores
 ) -> Tensor:
     """Value of the state in which each token was chosen: what the model says one position EARLIER; 0 at the first."""
     values_BT = region(model, model.embed(tokens_BT, SegmentContext(segments_BT)), segments_BT)

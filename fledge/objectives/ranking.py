@@ -19,7 +19,7 @@ from torch import Tensor
 from fledge.batches import Loss, RankingBatch, Term
 from fledge.errors import DataError
 from fledge.layers.attention import SegmentContext
-from fledge.models.scalar import ScalarModel, ScoreRegion, read_scores
+from fledge.objectives.scores import Judge, ScoreRegion, read_scores
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class KWiseRanking:
         ranks_N[: len(rows)] = torch.tensor([rank for ranking in examples for rank in ranking.ranks])
         return RankingBatch(tokens_NT, segments_NT, ends_N, prompt_N, ranks_N, len(examples))
 
-    def loss(self, model: ScalarModel, batch: RankingBatch) -> Loss:
+    def loss(self, model: Judge, batch: RankingBatch) -> Loss:
         """Term `ranking`: sum over prompts. Stats: pair accuracy and margin, mean score, pairs a prompt."""
         scores_N = last_scores(model, batch, self.region)
         loss_sum = kwise_loss_sum(scores_N, batch.prompt_N, batch.ranks_N)
@@ -101,7 +101,7 @@ class KWiseRanking:
         return Loss({"ranking": Term(loss_sum, float(batch.num_prompts))}, stats)
 
 
-def last_scores(model: ScalarModel, batch: RankingBatch, region: ScoreRegion = read_scores) -> Tensor:
+def last_scores(model: Judge, batch: RankingBatch, region: ScoreRegion = read_scores) -> Tensor:
     """scores_N: what the model says at the last real token of each row."""
     x = model.embed(batch.tokens_NT, SegmentContext(batch.segments_NT))
     return region(model, x, batch.segments_NT).gather(1, batch.ends_N[:, None]).squeeze(1)

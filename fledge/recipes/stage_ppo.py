@@ -10,8 +10,9 @@ from typing import Any
 from fledge.batches import TokenBatch
 from fledge.data.pack import PackedRows, ShardDocuments, batch
 from fledge.formats.checkpoint import LoadedModel, load_state
-from fledge.models.scalar import ScalarModel, read_scores
+from fledge.models.scalar import ScalarModel
 from fledge.objectives.clipped_policy import action_logprobs
+from fledge.objectives.scores import read_scores
 from fledge.recipes.chats import prompts
 from fledge.recipes.report import Curve, Fact, Series
 from fledge.recipes.stage_corpus import Texts, chats_of, document_numbers, open_texts

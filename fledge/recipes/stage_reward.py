@@ -15,8 +15,9 @@ from fledge.errors import DataError
 from fledge.evals import reward_accuracy
 from fledge.files import write_text
 from fledge.formats.checkpoint import LoadedModel
-from fledge.models.scalar import ScalarModel, read_scores
+from fledge.models.scalar import ScalarModel
 from fledge.objectives.ranking import KWiseRanking, RankedIds
+from fledge.objectives.scores import read_scores
 from fledge.recipes.answers import Asked, base_answers, chat_answers, score_answers
 from fledge.recipes.chats import Prompt, prompts
 from fledge.recipes.plan import FitPlan

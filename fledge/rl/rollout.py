@@ -21,11 +21,12 @@ from fledge.batches import RankingBatch
 from fledge.errors import DataError
 from fledge.infer.naive import Decode, generate
 from fledge.layers.attention import SegmentContext
-from fledge.models.scalar import ScalarModel, ScoreRegion, read_scores
+from fledge.models.scalar import ScalarModel
 from fledge.objectives.clipped_policy import ActionSpace, PolicyRegion, action_logprobs
 from fledge.objectives.clipped_value import action_values
 from fledge.objectives.next_token import Trunk
 from fledge.objectives.ranking import last_scores
+from fledge.objectives.scores import ScoreRegion, read_scores
 from fledge.rl.reward import last_action
 from fledge.types import Completion, SamplingParams
 

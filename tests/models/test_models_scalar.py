@@ -13,7 +13,8 @@ from fledge.layers.attention import SegmentContext
 from fledge.models.gpt import GPT, GPTConfig
 from fledge.models.llama import Llama, LlamaConfig
 from fledge.models.pocket import Pocket, PocketConfig
-from fledge.models.scalar import ScalarConfig, ScalarModel, read_scores, twin
+from fledge.models.scalar import ScalarConfig, ScalarModel, twin
+from fledge.objectives.scores import read_scores
 from fledge.registry import load_family
 
 LLAMA = LlamaConfig(20, 32, 2, 2, 1, 64)

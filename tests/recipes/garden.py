@@ -15,15 +15,17 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
-MODULES = "argparse array ast asyncio base64 bisect calendar collections configparser contextlib copy csv datetime decimal "
-MODULES += "difflib dis email enum fileinput fractions functools gettext glob gzip hashlib heapq html http inspect io ipaddress "
-MODULES += "itertools json logging mailbox math mimetypes numbers operator optparse os pathlib pdb pickletools platform pprint "
-MODULES += "random re sched secrets selectors shelve shlex shutil signal socket sqlite3 ssl statistics string struct subprocess "
-MODULES += "tarfile tempfile textwrap threading timeit token trace traceback turtle types unittest urllib uuid wave weakref"
-
-THINGS = ("the garden", "your day", "a walk", "the rain", "breakfast", "a good book", "the sea", "your cat", "music", "天气", "茶")
-OPENERS = ("What do you think of {}?", "Tell me about {}.", "Do you like {}?", "I dreamt of {} last night.", "你喜欢{}吗？")
-REPLIES = ("I like {} very much, and you?", "Oh, {}! That is my favourite.", "Not today, maybe {} tomorrow.", "我喜欢{}，你呢？")
+MODULES = (
+    "argparse array ast asyncio base64 bisect calendar collections configparser contextlib copy csv datetime decimal",
+    "difflib dis email enum fileinput fractions functools gettext glob gzip hashlib heapq html http inspect io",
+    "ipaddress itertools json logging mailbox math mimetypes numbers operator optparse os pathlib pdb pickletools",
+    "platform pprint random re sched secrets selectors shelve shlex shutil signal socket sqlite3 ssl statistics",
+    "string struct subprocess tarfile tempfile textwrap threading timeit token trace traceback turtle types unittest",
+    "urllib uuid wave weakref",
+)
+THINGS = ("the garden", "your day", "a walk", "the rain", "breakfast", "a good book", "the sea", "music", "天气", "茶")
+OPENERS = ("What about {}?", "Tell me about {}.", "Do you like {}?", "I dreamt of {} last night.", "你喜欢{}吗?")
+REPLIES = ("I like {}, and you?", "Oh, {}! That is my favourite.", "Not today, maybe {} tomorrow.", "我喜欢{}。")
 
 TINY = (
     "corpus.prose=[]",
@@ -51,7 +53,7 @@ def plant(folder: Path) -> Path:
     """Write the folder; the same text every time."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
-    said = [text for name in MODULES.split() for text in _docstrings(name)]
+    said = [text for name in " ".join(MODULES).split() for text in _docstrings(name)]
     (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in said))
     with (folder / "chats.jsonl").open("w", encoding="utf-8") as file:
         for number in range(240):
@@ -67,7 +69,8 @@ def plant(folder: Path) -> Path:
 def command(garden: Path, runs: Path, *more: str) -> list[str]:
     """The command line that raises a tiny sprout from the garden."""
     overrides = [argument for override in TINY for argument in ("--set", override)]
-    return [sys.executable, "-m", "fledge", "raise", "sprout", "--text", str(garden), "--runs", str(runs), *overrides, *more]
+    start = [sys.executable, "-m", "fledge", "raise", "sprout", "--text", str(garden), "--runs", str(runs)]
+    return [*start, *overrides, *more]
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import garden as world
@@ -32,9 +31,9 @@ def finished(garden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Iterator[Path]:
+def copied(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished.parent, tmp_path / "runs")
-    yield tmp_path / "runs" / "sprout"
+    return tmp_path / "runs" / "sprout"
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -112,8 +111,6 @@ def _kill_and_go_on(finished: Path, garden: Path, runs: Path, *, kills: int, see
     draw = random.Random(seed)
     # A state is saved after every step, so that a kill is likely to fall between two of them or into a save.
     line = world.command(garden, runs, "--set", "save_seconds=0.0")
-    reference = world.command(garden, finished.parent)
-    assert line[: len(reference)][:4] == reference[:4]
     for _ in range(kills):
         process = subprocess.Popen(
             line, env=world.environment(runs.parent / "home"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -135,8 +132,9 @@ def test_a_stop_saves_the_state_and_says_how_to_go_on(number: signal.Signals, co
     for later in STAGES[STAGES.index("sft") :]:
         shutil.rmtree(copied / later, ignore_errors=True)
     line = world.command(garden, copied.parent, "--json")
+    home = copied.parent.parent / "home"
     process = subprocess.Popen(
-        line, env=world.environment(copied.parent.parent / "home"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line, env=world.environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     for event in process.stdout:
@@ -152,7 +150,7 @@ def test_a_stop_saves_the_state_and_says_how_to_go_on(number: signal.Signals, co
 
 
 @pytest.mark.parametrize("harm", ["truncate", "alter", "remove"])
-def test_a_damaged_artifact_is_refused_by_name_and_nothing_is_overwritten(harm: str, copied: Path, garden: Path) -> None:
+def test_a_damaged_artifact_is_refused_and_nothing_is_overwritten(harm: str, copied: Path, garden: Path) -> None:
     victim = copied / "pretrain" / "model" / "model.safetensors"
     data = victim.read_bytes()
     if harm == "truncate":
