@@ -132,7 +132,8 @@ class Ranking:
 class SamplingParams:
     """How to draw tokens. `temperature` 0 is greedy; None switches a filter off.
 
-    Filters apply in the order top-k, top-p, min-p, each on the distribution after temperature.
+    Filters apply after temperature in the order top-k, top-p, min-p, each on the renormalised distribution that the
+    one before left.
     """
 
     max_tokens: int = 64
