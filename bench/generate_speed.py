@@ -39,9 +39,7 @@ def build(family: str, width: int, num_layers: int, max_positions: int) -> GPT |
         model: GPT | Llama = GPT(GPTConfig(VOCAB, width, num_layers, num_heads, max_positions))
     else:
         mlp_width = 64 * round(width * 8 / 3 / 64)  # SwiGLU with the parameters of a 4 x width MLP
-        model = Llama(
-            LlamaConfig(VOCAB, width, num_layers, num_heads, num_heads // 2, mlp_width, max_positions)
-        )
+        model = Llama(LlamaConfig(VOCAB, width, num_layers, num_heads, num_heads // 2, mlp_width, max_positions))
     model.init_weights(torch.Generator().manual_seed(0))
     return model.eval()
 
@@ -108,9 +106,7 @@ def measure(args: argparse.Namespace, model: GPT | Llama, peer: Any, batch: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=("gpt", "llama"), default="llama")
     parser.add_argument("--width", type=int, default=256, help=f"a multiple of {2 * WIDTH_PER_HEAD}")
     parser.add_argument("--layers", type=int, default=6)

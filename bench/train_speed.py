@@ -204,24 +204,18 @@ def compare(size_name: str, names: tuple[str, ...], turns: int, steps: int) -> d
 
 
 def show(result: dict[str, Any]) -> None:
-    print(
-        f"{result['size']}: {result['parameters'] / 1e6:.1f}M parameters, peak {result['peak_gflops']:.0f} GFLOP/s"
-    )
+    print(f"{result['size']}: {result['parameters'] / 1e6:.1f}M parameters, peak {result['peak_gflops']:.0f} GFLOP/s")
     for name in WORKERS:
         if name in result:
             row = result[name]
-            print(
-                f"  {name:22} {row['tokens_per_second']:8.0f} tokens/s  {row['share_of_peak']:6.1%} of peak"
-            )
+            print(f"  {name:22} {row['tokens_per_second']:8.0f} tokens/s  {row['share_of_peak']:6.1%} of peak")
     for mode in ("eager", "compiled"):
         if f"ratio {mode}" in result:
             print(f"  ratio {mode:9} {result[f'ratio {mode}']:.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, help="default: all")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="steps a turn")

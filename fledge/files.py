@@ -98,9 +98,7 @@ def _explaining(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(_explanation(path, error)) from error
     except SafetensorError as error:
-        raise RunError(
-            f"{path}: not written ({error}); free disk space and run the command again"
-        ) from error
+        raise RunError(f"{path}: not written ({error}); free disk space and run the command again") from error
 
 
 def _explanation(path: Path, error: OSError) -> str:
@@ -108,6 +106,4 @@ def _explanation(path: Path, error: OSError) -> str:
         return f"{path}: the disk is full; nothing was overwritten. Free some space and run the same command again"
     if error.errno == errno.EDQUOT:
         return f"{path}: the disk quota is used up; nothing was overwritten. Free some space and run the command again"
-    return (
-        f"{path}: cannot be written ({error.strerror}); nothing was overwritten. Check its folder"
-    )
+    return f"{path}: cannot be written ({error.strerror}); nothing was overwritten. Check its folder"

@@ -81,6 +81,4 @@ def _claim_line(claim: Claim) -> Text:
     unit = f" {claim.unit}" if claim.unit else ""
     verdict = ("reached     ", "green") if claim.reached else ("NOT reached ", "bold red")
     measured = value if claim.value is None else f"{value}{unit}"
-    return Text.assemble(
-        verdict, f"{claim.text}: {measured} (target {_SIGNS[claim.comparison]} {threshold}{unit})"
-    )
+    return Text.assemble(verdict, f"{claim.text}: {measured} (target {_SIGNS[claim.comparison]} {threshold}{unit})")

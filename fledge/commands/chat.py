@@ -120,9 +120,7 @@ class Chat:
 
 def _stages(run_folder: Path) -> list[str]:
     """The stages of a run that have a model to talk to, in the order they were made."""
-    return [
-        stage for stage in reversed(SERVED_STAGES) if (run_folder / stage / "model" / "run.json").is_file()
-    ]
+    return [stage for stage in reversed(SERVED_STAGES) if (run_folder / stage / "model" / "run.json").is_file()]
 
 
 def _typed_lines() -> Iterator[str]:

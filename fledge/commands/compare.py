@@ -20,9 +20,7 @@ from fledge.types import Completion, Conversation
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("compare", help="the same prompts, several models, side by side")
-    parser.add_argument(
-        "models", nargs="+", metavar="RUN[:STAGE]", help="runs, stages of them, or checkpoint folders"
-    )
+    parser.add_argument("models", nargs="+", metavar="RUN[:STAGE]", help="runs, stages of them, or checkpoint folders")
     parser.add_argument(
         "--prompt",
         action="append",
@@ -63,16 +61,12 @@ def _answers(name: str, prompts: Sequence[str], args: argparse.Namespace) -> lis
     if args.complete:
         asked = [speaker.text_prompt(prompt) for prompt in prompts]
     else:
-        asked = [
-            speaker.chat_prompt(Conversation.of(("user", prompt)), params.max_tokens) for prompt in prompts
-        ]
+        asked = [speaker.chat_prompt(Conversation.of(("user", prompt)), params.max_tokens) for prompt in prompts]
     return speaker.generate(asked, params)
 
 
 def _table(prompt: str, names: Sequence[str], row: Sequence[Completion]) -> Table:
-    table = Table(
-        title=Text(printable(prompt)), title_justify="left", title_style="bold", box=box.ROUNDED, expand=True
-    )
+    table = Table(title=Text(printable(prompt)), title_justify="left", title_style="bold", box=box.ROUNDED, expand=True)
     for name in names:
         table.add_column(Text(name), ratio=1, overflow="fold")
     table.add_row(*(_cell(completion) for completion in row))

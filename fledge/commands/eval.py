@@ -54,14 +54,10 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="solved examples shown (default: 0 1 5)",
     )
-    parser.add_argument(
-        "--limit", type=int, help="documents a source, prompts, and questions a benchmark, at most"
-    )
+    parser.add_argument("--limit", type=int, help="documents a source, prompts, and questions a benchmark, at most")
     parser.add_argument("--row-length", type=int, help="tokens read at once (default: as in pretraining)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, answers, examples (default: 0)")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where run folders live (default: runs)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: runs)")
     parser.add_argument("--json", action="store_true", dest="as_json", help="JSON lines on standard output")
     parser.set_defaults(run=run)
 
@@ -93,9 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def as_json(found: Measured) -> dict[str, Any]:
     """What was measured as one JSON value; docs/metrics.md says what the names mean."""
-    scores = {
-        name: {str(shots): row for shots, row in rows.items()} for name, rows in found.benchmarks.items()
-    }
+    scores = {name: {str(shots): row for shots, row in rows.items()} for name, rows in found.benchmarks.items()}
     return {
         "model": str(found.model.directory),
         "stage": found.model.info.stage,
@@ -112,9 +106,7 @@ def print_tables(found: Measured, console: Console) -> None:
     name = f"[bold]{escape(str(found.model.directory))}[/bold]"
     console.print(f"{name}  {found.model.info.stage}  {found.model.hash[:12]}", soft_wrap=True)
     if found.bits_per_byte:
-        _show(
-            console, "bits per byte on held-out text (lower is better)", _language_table(found.bits_per_byte)
-        )
+        _show(console, "bits per byte on held-out text (lower is better)", _language_table(found.bits_per_byte))
     else:
         console.print("\nno held-out text: no bits per byte")
     if found.generation:
@@ -135,9 +127,7 @@ def _language_table(metrics: Metrics) -> Table:
     suffixes = [name.removeprefix("bits_per_byte") for name in metrics if name.startswith("bits_per_byte")]
     for suffix in sorted(suffixes):
         label = suffix.removeprefix("/").replace("_", " ") or "all"
-        bits, documents, size = (
-            metrics[f"{name}{suffix}"] for name in ("bits_per_byte", "documents", "bytes")
-        )
+        bits, documents, size = (metrics[f"{name}{suffix}"] for name in ("bits_per_byte", "documents", "bytes"))
         table.add_row(label, f"{bits:.4f}", f"{documents:,.0f}", f"{size:,.0f}")
     return table
 

@@ -33,14 +33,10 @@ def add_parser(subparsers: Any) -> None:
     showing.add_argument("--json", action="store_true", help="as one JSON object")
     showing.set_defaults(action=_show)
     exporting = actions.add_parser("export", help="write a trained model as a Hugging Face directory")
-    exporting.add_argument(
-        "model", metavar="RUN[:STAGE]", help="a run, a stage of it, or a checkpoint folder"
-    )
+    exporting.add_argument("model", metavar="RUN[:STAGE]", help="a run, a stage of it, or a checkpoint folder")
     exporting.add_argument("directory", metavar="DIR", type=Path, help="the directory to make")
     exporting.add_argument("--dtype", choices=list(DTYPE_OF), default="float32", help="default: %(default)s")
-    exporting.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where runs live (default: %(default)s)"
-    )
+    exporting.add_argument("--runs", type=Path, default=Path("runs"), help="where runs live (default: %(default)s)")
     exporting.set_defaults(action=_export)
 
 
@@ -51,26 +47,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> None:
-    sizes = {
-        name: (family, config, count_parameters(family, config))
-        for name, (family, config) in presets().items()
-    }
+    sizes = {name: (family, config, count_parameters(family, config)) for name, (family, config) in presets().items()}
     if args.json:
         for name, (family, config, count) in sizes.items():
-            print(
-                json.dumps({"name": name, "family": family, "parameters": count, "config": to_json(config)})
-            )
+            print(json.dumps({"name": name, "family": family, "parameters": count, "config": to_json(config)}))
         return
     console = Console()
-    families = Table(
-        "family", Column("year", justify="right"), "paper", Column("file", no_wrap=True), box=None
-    )
+    families = Table("family", Column("year", justify="right"), "paper", Column("file", no_wrap=True), box=None)
     for row in FAMILIES:
         families.add_row(row.name, str(row.year), row.paper, row.module.replace(".", "/") + ".py")
     console.print(families)
-    numbers = [
-        Column(name, justify="right") for name in ("parameters", "layers", "width", "heads", "positions")
-    ]
+    numbers = [Column(name, justify="right") for name in ("parameters", "layers", "width", "heads", "positions")]
     table = Table(Column("size", no_wrap=True), *numbers, box=None)
     for name, (_, config, count) in sizes.items():
         shape = (config.num_layers, config.width, config.num_heads, config.max_positions)
@@ -83,9 +70,7 @@ def _show(args: argparse.Namespace) -> None:
     family, config = preset(args.name)
     count = count_parameters(family, config)
     if args.json:
-        print(
-            json.dumps({"name": args.name, "family": family, "parameters": count, "config": to_json(config)})
-        )
+        print(json.dumps({"name": args.name, "family": family, "parameters": count, "config": to_json(config)}))
         return
     print(f"{args.name}: family {family}, {count:,} parameters")
     for field, value in to_json(config).items():
@@ -95,6 +80,4 @@ def _show(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     loaded = load_model(resolve_model(args.model, args.runs))
     export_checkpoint(loaded, args.directory, dtype=DTYPE_OF[args.dtype])
-    print(
-        f"{args.directory}: {loaded.info.family} of stage {loaded.info.stage}, {args.dtype}, for transformers"
-    )
+    print(f"{args.directory}: {loaded.info.family} of stage {loaded.info.stage}, {args.dtype}, for transformers")

@@ -42,9 +42,7 @@ class Speaker:
         """How long an answer may become: as asked, else half of the context but not more than MAX_ANSWER_TOKENS."""
         if asked is not None:
             return asked
-        return (
-            MAX_ANSWER_TOKENS if self.context is None else max(1, min(MAX_ANSWER_TOKENS, self.context // 2))
-        )
+        return MAX_ANSWER_TOKENS if self.context is None else max(1, min(MAX_ANSWER_TOKENS, self.context // 2))
 
     def chat_prompt(self, conversation: Conversation, max_tokens: int) -> tuple[int, ...]:
         """The ids that ask for the next answer, without the oldest exchanges if all do not fit (`within`)."""
@@ -62,9 +60,7 @@ class Speaker:
         model: Any = self.loaded.model
         tokenizer = self.loaded.tokenizer
         stop_ids = self.loaded.renderer.stop_ids
-        return generate(
-            model, prompts, params, stop_ids=stop_ids, pad_id=tokenizer.pad_id, decode=tokenizer.decode
-        )
+        return generate(model, prompts, params, stop_ids=stop_ids, pad_id=tokenizer.pad_id, decode=tokenizer.decode)
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams, generator: torch.Generator | None = None
@@ -92,9 +88,7 @@ def load_speaker(name: str, runs: Path) -> Speaker:
     return Speaker(name, loaded, _context(loaded))
 
 
-def within(
-    renderer: ChatRenderer, conversation: Conversation, room: int | None, max_tokens: int
-) -> tuple[int, ...]:
+def within(renderer: ChatRenderer, conversation: Conversation, room: int | None, max_tokens: int) -> tuple[int, ...]:
     """The prompt of the longest stretch of the conversation that fits into `room` tokens; no limit if None.
 
     System messages at the head stay; exchanges, each from a user's message to the next, go oldest first.
@@ -132,9 +126,7 @@ def add_speaking_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-p", type=float, help="drop tokens below P times the likeliest")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
 
 
 def sampling_params(args: argparse.Namespace, speaker: Speaker) -> SamplingParams:

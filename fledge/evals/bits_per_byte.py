@@ -67,9 +67,7 @@ def evaluate(
     code = [source for source in by_source if source in code_sources]
     prose = [source for source in by_source if source not in code_sources]
     if code and prose:
-        metrics |= _total(by_source, code).metrics("/all_code") | _total(by_source, prose).metrics(
-            "/without_code"
-        )
+        metrics |= _total(by_source, code).metrics("/all_code") | _total(by_source, prose).metrics("/without_code")
     return metrics
 
 

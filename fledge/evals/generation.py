@@ -40,9 +40,7 @@ def describe(completions: Sequence[Completion]) -> Metrics:
     """
     if not completions:
         raise DataError("no answers to describe")
-    logprobs = np.concatenate(
-        [np.asarray(completion.logprobs, dtype=np.float64) for completion in completions]
-    )
+    logprobs = np.concatenate([np.asarray(completion.logprobs, dtype=np.float64) for completion in completions])
     num_answers = len(completions)
     texts = [completion.text for completion in completions]
     said = [completion.ids[:-1] if _has_ended(completion) else completion.ids for completion in completions]

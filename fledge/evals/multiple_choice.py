@@ -69,17 +69,13 @@ def evaluate(
     for k shots are the first k of those for more. Raises `DataError` if there are too few examples or no questions.
     """
     chosen = _subset(questions, seed, limit)
-    contexts = [
-        _context(question, _draw(question, shots, num_shots, [seed, number])) for number, question in chosen
-    ]
+    contexts = [_context(question, _draw(question, shots, num_shots, [seed, number])) for number, question in chosen]
     items = _tokenize(contexts, [question for _, question in chosen], tokenizer, scorer.row_length)
     totals = scorer.logprobs(
         [sequence for item in items for sequence in item.sequences],
         [item.first for item in items for _ in item.sequences],
     )
-    sums = np.split(
-        [float(values.sum()) for values in totals], np.cumsum([len(q.choices) for _, q in chosen])[:-1]
-    )
+    sums = np.split([float(values.sum()) for values in totals], np.cumsum([len(q.choices) for _, q in chosen])[:-1])
     plain, per_byte = [], []
     for (_, question), sum_C in zip(chosen, sums, strict=True):
         bytes_C = np.asarray([max(1, len(choice.encode("utf-8"))) for choice in question.choices])
@@ -138,9 +134,7 @@ def _tokenize(
     tokenizer: TextEncoder,
     row_length: int | None,
 ) -> list[_Item]:
-    texts = [
-        f"{context} {choice}" for context, q in zip(contexts, questions, strict=True) for choice in q.choices
-    ]
+    texts = [f"{context} {choice}" for context, q in zip(contexts, questions, strict=True) for choice in q.choices]
     encoded, context_ids = tokenizer.encode_batch(texts), tokenizer.encode_batch(contexts)
     items, start = [], 0
     for ids, question in zip(context_ids, questions, strict=True):

@@ -42,9 +42,7 @@ class _Pair:
         return 0.5 * (1 + math.copysign(1, self.margin)) if self.margin else 0.5
 
 
-def evaluate(
-    score: ScoreRankings, rankings: Sequence[Ranking], *, seed: int, limit: int | None = None
-) -> Metrics:
+def evaluate(score: ScoreRankings, rankings: Sequence[Ranking], *, seed: int, limit: int | None = None) -> Metrics:
     """Pair accuracy of a reward model on the first `limit` rankings.
 
     `accuracy` with `_low` and `_high` (95 %, bootstrap over prompts) and `pairs`; for each two makers a, b where a was
@@ -120,9 +118,7 @@ def _accuracy(pairs: Sequence[_Pair]) -> float:
 
 
 def _length_correlations(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> Metrics:
-    lengths = [
-        np.asarray([len(text) for text in ranking.completions], dtype=np.float64) for ranking in rankings
-    ]
+    lengths = [np.asarray([len(text) for text in ranking.completions], dtype=np.float64) for ranking in rankings]
     rewards = [np.asarray(row) for row in scores]
     centred = [[row - row.mean() for row in rows] for rows in (lengths, rewards)]
     return {

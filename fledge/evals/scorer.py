@@ -23,9 +23,7 @@ from fledge.objectives.logprobs import target_logprobs
 Floats = NDArray[np.float64]
 
 BATCH_TOKENS = 4096  # tokens of one forward pass; 2048 took the same time on one thread
-_LOGITS_AT_ONCE = (
-    1 << 22
-)  # float32 entries of the logits held at a time (16 MiB); bounds memory, costs no time
+_LOGITS_AT_ONCE = 1 << 22  # float32 entries of the logits held at a time (16 MiB); bounds memory, costs no time
 
 
 class TextEncoder(Protocol):
@@ -43,9 +41,7 @@ class Scorer(Protocol):
     @property
     def row_length(self) -> int | None: ...
 
-    def logprobs(
-        self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None
-    ) -> list[Floats]:
+    def logprobs(self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None) -> list[Floats]:
         """Natural log-probability of tokens `first[i]`, `first[i]` + 1, ... of each sequence, given those before.
 
         `first` is 1 for all if not given (a sequence's first token is never predicted); n tokens give n - first
@@ -80,13 +76,9 @@ class CausalScorer:
     The model is put into evaluation mode (no dropout) while it scores.
     """
 
-    def __init__(
-        self, model: CausalModel, *, row_length: int, pad_id: int, batch_tokens: int = BATCH_TOKENS
-    ) -> None:
+    def __init__(self, model: CausalModel, *, row_length: int, pad_id: int, batch_tokens: int = BATCH_TOKENS) -> None:
         if row_length < 1 or batch_tokens < 1:
-            raise ValueError(
-                f"row_length and batch_tokens must be at least 1, got {row_length} and {batch_tokens}"
-            )
+            raise ValueError(f"row_length and batch_tokens must be at least 1, got {row_length} and {batch_tokens}")
         self._model = model
         self._row_length = row_length
         self._pad_id = pad_id
@@ -97,9 +89,7 @@ class CausalScorer:
         return self._row_length
 
     @torch.inference_mode()
-    def logprobs(
-        self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None
-    ) -> list[Floats]:
+    def logprobs(self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None) -> list[Floats]:
         firsts = _firsts(sequences, first)
         found = [np.empty(len(tokens) - start) for tokens, start in zip(sequences, firsts, strict=True)]
         windows = [
@@ -136,9 +126,7 @@ class CausalScorer:
         x_BTD = self._model.hidden(self._model.embed(tokens_BT, context), context)
         counts = [window.stop - window.first for window in batch]
         columns = [np.arange(w.first - w.start - 1, w.stop - w.start - 1) for w in batch]
-        targets = [
-            np.asarray(ids[-count:], dtype=np.int64) for ids, count in zip(tokens, counts, strict=True)
-        ]
+        targets = [np.asarray(ids[-count:], dtype=np.int64) for ids, count in zip(tokens, counts, strict=True)]
         row_N = torch.from_numpy(np.repeat(np.arange(len(batch)), counts)).to(device)
         column_N = torch.from_numpy(np.concatenate(columns)).to(device)
         target_N = torch.from_numpy(np.concatenate(targets)).to(device)
@@ -165,13 +153,10 @@ class NGramScorer:
     def row_length(self) -> None:
         return None
 
-    def logprobs(
-        self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None
-    ) -> list[Floats]:
+    def logprobs(self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None) -> list[Floats]:
         firsts = _firsts(sequences, first)
         return [
-            self._model.target_logprobs(tokens)[start - 1 :]
-            for tokens, start in zip(sequences, firsts, strict=True)
+            self._model.target_logprobs(tokens)[start - 1 :] for tokens, start in zip(sequences, firsts, strict=True)
         ]
 
 

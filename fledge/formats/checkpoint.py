@@ -83,9 +83,7 @@ def read_info(directory: Path) -> tuple[CheckpointInfo, dict[str, str]]:
     """What a checkpoint says it is, and the hashes its files must have; reads no weights."""
     path = directory / "run.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: not a fledge checkpoint (no run.json in it); name RUN or RUN:STAGE"
-        )
+        raise CheckpointError(f"{directory}: not a fledge checkpoint (no run.json in it); name RUN or RUN:STAGE")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version, files = data.pop("format"), data.pop("files")
@@ -143,9 +141,7 @@ def load_state(parent: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | 
         data = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         expected, scalars = data["sha256"], data["scalars"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{directory / 'state.json'}: damaged ({error}); remove {directory}"
-        ) from error
+        raise CheckpointError(f"{directory / 'state.json'}: damaged ({error}); remove {directory}") from error
     _verify(directory / "state.safetensors", expected)
     return step, load_file(directory / "state.safetensors"), scalars
 

@@ -164,9 +164,7 @@ def _read_config(raw: Mapping[str, Any], make: Published) -> dict[str, Any]:
     for key, (ours, default) in make.fields.items():
         config[ours] = left.pop(key, default)
     if left:
-        raise ConfigError(
-            f"not a setting of {make.architecture} that fledge knows: {', '.join(sorted(left))}"
-        )
+        raise ConfigError(f"not a setting of {make.architecture} that fledge knows: {', '.join(sorted(left))}")
     return config
 
 
@@ -174,9 +172,7 @@ def _write_config(model: nn.Module, make: Published) -> dict[str, Any]:
     fields = {key: getattr(model.config, ours) for key, (ours, _) in make.fields.items()}
     for key, value in fields.items():
         if value is None:
-            raise CheckpointError(
-                f"{make.architecture} needs {key}; the model leaves {make.fields[key][0]} open"
-            )
+            raise CheckpointError(f"{make.architecture} needs {key}; the model leaves {make.fields[key][0]} open")
     fixed = {key: accepted[0] for key, accepted in make.fixed.items()}
     name = {"architectures": [make.architecture], "model_type": make.model_type}
     return {**name, **fields, **make.write_more(model.config), **fixed}
@@ -195,9 +191,7 @@ def _places(make: Published, num_layers: int) -> dict[str, Place]:
     return places
 
 
-def _read_weights(
-    directory: Path, make: Published, model: nn.Module, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _read_weights(directory: Path, make: Published, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors, cast and shaped, for the names of all parameters of `model`; a tied head also under its own name."""
     num_layers = int(model.config.num_layers)  # type: ignore[union-attr, arg-type]
     places = _places(make, num_layers)
@@ -226,9 +220,7 @@ def _read_weights(
 def _require_none(names: set[str], trouble: str, directory: Path, make: Published) -> None:
     if names:
         first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        raise CheckpointError(
-            f"{directory}: {len(names)} {trouble} weight(s) for {make.architecture}: {first}"
-        )
+        raise CheckpointError(f"{directory}: {len(names)} {trouble} weight(s) for {make.architecture}: {first}")
 
 
 def _take_apart(tensor: Tensor, place: Place, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
@@ -305,9 +297,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); a Hugging Face directory holds one"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); a Hugging Face directory holds one") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return data
@@ -336,9 +326,7 @@ def _stored_names(directory: Path) -> dict[str, Path]:
             stored.update(dict.fromkeys(file.keys(), directory / name))
     for weight, file_name in listed.items():
         if stored.get(weight) != directory / file_name:
-            raise CheckpointError(
-                f"{directory / INDEX}: places '{weight}' in {file_name}, which does not hold it"
-            )
+            raise CheckpointError(f"{directory / INDEX}: places '{weight}' in {file_name}, which does not hold it")
     return stored
 
 

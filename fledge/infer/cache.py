@@ -49,9 +49,7 @@ class CacheContext:
     def feed(self, tokens_BT: Tensor) -> None:
         """Announce the next T positions of every row; they attend to everything fed before them."""
         self._held, self._end = self._end, self._end + tokens_BT.shape[1]
-        assert self._end <= self._columns_S.shape[0], (
-            f"column {self._end} of a cache of {self._columns_S.shape[0]}"
-        )
+        assert self._end <= self._columns_S.shape[0], f"column {self._end} of a cache of {self._columns_S.shape[0]}"
         self._sights.clear()
         self._tokens_BS[:, self._held : self._end] = tokens_BT
         positions_BT = self._columns_S[self._held : self._end] - self._starts_B1
@@ -156,9 +154,7 @@ def _minus_infinity_where(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
-def _attend_one(
-    q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, scale: float | None
-) -> Tensor:
+def _attend_one(q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """One query a row: the R heads that share a key head stand as R queries, so keys are never repeated."""
     num_rows, _, num_heads, head_width = q_BTHK.shape
     num_groups = k_BGSK.shape[1]
@@ -169,9 +165,7 @@ def _attend_one(
     return y_BGRK.reshape(num_rows, 1, num_heads, v_BGSK.shape[3])
 
 
-def _attend_many(
-    q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, scale: float | None
-) -> Tensor:
+def _attend_many(q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     y_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BGSK,

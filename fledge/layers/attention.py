@@ -67,9 +67,7 @@ def drop_attention(context: Context, probability: float) -> Context:
     """
     if probability == 0:
         return context
-    assert isinstance(context, Droppable), (
-        f"{type(context).__name__} cannot drop attention weights: call model.eval()"
-    )
+    assert isinstance(context, Droppable), f"{type(context).__name__} cannot drop attention weights: call model.eval()"
     return context.dropping(probability)
 
 
@@ -226,15 +224,11 @@ def _attend_banded(
     segments_BNW = F.pad(segments_BT, (0, filler), value=-1).unflatten(1, (-1, window))
     segments_BNS = torch.cat((F.pad(segments_BNW, (0, 0, 1, 0), value=-2)[:, :-1], segments_BNW), dim=2)
     key_S = torch.arange(-window, window, device=segments_BT.device)
-    allowed_BNWS = (segments_BNW[..., None] == segments_BNS[:, :, None]) & _causal(
-        key_S[window:], key_S, window
-    )
+    allowed_BNWS = (segments_BNW[..., None] == segments_BNS[:, :, None]) & _causal(key_S[window:], key_S, window)
     q_BNWHK, k_BNWGK, v_BNWGK = (
         F.pad(x, (0, 0, 0, 0, 0, filler)).unflatten(1, (-1, window)) for x in (q_BTHK, k_BTGK, v_BTGK)
     )
-    k_BNSGK, v_BNSGK = (
-        torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x), dim=2) for x in (k_BNWGK, v_BNWGK)
-    )
+    k_BNSGK, v_BNSGK = (torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x), dim=2) for x in (k_BNWGK, v_BNWGK))
     q_NWHK, k_NSGK, v_NSGK = (x.flatten(0, 1) for x in (q_BNWHK, k_BNSGK, v_BNSGK))
     y_NWHK = _attend(q_NWHK, k_NSGK, v_NSGK, allowed_BNWS.flatten(0, 1)[:, None], scale, dropout)
     return y_NWHK.reshape(num_rows, -1, *y_NWHK.shape[2:])[:, :num_positions]

@@ -31,9 +31,7 @@ class Llama3Scaling:
     original_positions: int
 
     def __post_init__(self) -> None:
-        if not (
-            self.factor >= 1 and 0 < self.low_frequency < self.high_frequency and self.original_positions > 0
-        ):
+        if not (self.factor >= 1 and 0 < self.low_frequency < self.high_frequency and self.original_positions > 0):
             raise ConfigError(
                 "rotary scaling needs factor >= 1, 0 < low_frequency < high_frequency and original_positions > 0, "
                 f"got {self}"

@@ -52,9 +52,7 @@ class GPTConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.norm_eps <= 0 or self.init_std <= 0:
-            raise ConfigError(
-                f"norm_eps and init_std must be positive, got {self.norm_eps} and {self.init_std}"
-            )
+            raise ConfigError(f"norm_eps and init_std must be positive, got {self.norm_eps} and {self.init_std}")
 
 
 class Attention(nn.Module):
@@ -272,9 +270,7 @@ def _read_mlp_width(raw: RawConfig) -> dict[str, Any]:
 _LAYER_WEIGHTS = {
     "h.*.ln_1.weight": ("blocks.*.attention_norm.weight",),
     "h.*.ln_1.bias": ("blocks.*.attention_norm.bias",),
-    "h.*.attn.c_attn.weight": tuple(
-        f"blocks.*.attention.{part}.weight" for part in ("query", "key", "value")
-    ),
+    "h.*.attn.c_attn.weight": tuple(f"blocks.*.attention.{part}.weight" for part in ("query", "key", "value")),
     "h.*.attn.c_attn.bias": tuple(f"blocks.*.attention.{part}.bias" for part in ("query", "key", "value")),
     "h.*.attn.c_proj.weight": ("blocks.*.attention.output.weight",),
     "h.*.attn.c_proj.bias": ("blocks.*.attention.output.bias",),
@@ -286,9 +282,7 @@ _LAYER_WEIGHTS = {
     "h.*.mlp.c_proj.bias": ("blocks.*.mlp.down.bias",),
     "lm_head.weight": ("head.weight",),
 }
-_TRANSPOSED = frozenset(
-    f"h.*.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-)
+_TRANSPOSED = frozenset(f"h.*.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
 _SIZES = {
     "n_embd": ("width", 768),
     "n_layer": ("num_layers", 12),

@@ -53,9 +53,7 @@ class LlamaConfig:
         if min(sizes) < 1 or (self.max_positions is not None and self.max_positions < 1):
             raise ConfigError(f"sizes must be positive, got {self}")
         if self.width % (2 * self.num_heads):
-            raise ConfigError(
-                f"width {self.width} must be num_heads {self.num_heads} times an even head width"
-            )
+            raise ConfigError(f"width {self.width} must be num_heads {self.num_heads} times an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
         if min(self.rope_base, self.norm_eps, self.init_std) <= 0:
@@ -214,9 +212,7 @@ def _llama2(width: int, num_layers: int, num_heads: int, num_kv_heads: int, mlp_
 
 def _smol(width: int, num_layers: int, num_heads: int, num_kv_heads: int, mlp_width: int) -> LlamaConfig:
     """Allal et al. 2025 (SmolLM2), the released configs."""
-    return LlamaConfig(
-        49152, width, num_layers, num_heads, num_kv_heads, mlp_width, 8192, 100_000.0, is_head_tied=True
-    )
+    return LlamaConfig(49152, width, num_layers, num_heads, num_kv_heads, mlp_width, 8192, 100_000.0, is_head_tied=True)
 
 
 PRESETS = {
@@ -322,9 +318,7 @@ PUBLISHED = (
             "rope_interleaved": (False,),
         },
         ours={},
-        idle=frozenset(
-            {"pretraining_tp", "is_llama_config", "transformers.js_config", "max_sequence_length"}
-        ),
+        idle=frozenset({"pretraining_tp", "is_llama_config", "transformers.js_config", "max_sequence_length"}),
         weights={
             "embed_tokens.weight": ("tokens.weight",),
             "layers.*.input_layernorm.weight": ("blocks.*.attention_norm.weight",),

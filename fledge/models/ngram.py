@@ -69,9 +69,7 @@ class _Level:
     vocab_size: int
 
     @classmethod
-    def build(
-        cls, keys_U: Ints, counts_U: Ints, discounts: Floats, num_contexts: int, vocab_size: int
-    ) -> _Level:
+    def build(cls, keys_U: Ints, counts_U: Ints, discounts: Floats, num_contexts: int, vocab_size: int) -> _Level:
         """Derive the sums of every context from its counts."""
         context_U = keys_U // vocab_size
         successors_C = np.bincount(context_U, minlength=num_contexts)
@@ -172,9 +170,7 @@ class NGram(nn.Module):
         logprob_T: Floats = np.log(prob_T)
         return logprob_T
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """Fill the model from what `state_dict` returned; `CheckpointError` if that is not what `state_dict` holds.
 
         Always strict; counts have no shape of their own to copy into, so the tensors are taken over in any case.
@@ -188,9 +184,7 @@ class NGram(nn.Module):
                 f"not an {self.config.order}-gram model: expected tensors {sorted(wanted)}, got {sorted(state_dict)}"
             )
         discounts = np.asarray(state_dict["discounts"].numpy(), dtype=np.float64)
-        if discounts.shape != (self.config.order, 3) or not np.all(
-            (discounts > 0) & (discounts <= [1, 2, 3])
-        ):
+        if discounts.shape != (self.config.order, 3) or not np.all((discounts > 0) & (discounts <= [1, 2, 3])):
             raise CheckpointError("the discounts are damaged: take the file from its source again")
         levels = []
         num_contexts = 1
@@ -200,9 +194,7 @@ class NGram(nn.Module):
             is_sound = keys_U.shape == counts_U.shape == (keys_U.size,) and bool(np.all(np.diff(keys_U) > 0))
             limit = num_contexts * self.vocab_size
             if not is_sound or np.any(keys_U < 0) or np.any(keys_U >= limit) or np.any(counts_U < 1):
-                raise CheckpointError(
-                    f"the counts of order {k} are damaged: take the file from its source again"
-                )
+                raise CheckpointError(f"the counts of order {k} are damaged: take the file from its source again")
             levels.append((keys_U, counts_U, _as_table(discounts[k - 1])))
             num_contexts = self.vocab_size if k == 1 else len(keys_U)
         self._set_levels(levels)
@@ -231,9 +223,7 @@ class NGram(nn.Module):
 
     def _checked(self, tokens: Ints) -> Ints:
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
-            raise ValueError(
-                f"token ids must lie in 0..{self.vocab_size - 1}, got {tokens.min()}..{tokens.max()}"
-            )
+            raise ValueError(f"token ids must lie in 0..{self.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
         return tokens
 
 
@@ -244,9 +234,7 @@ def fit_orders(sequences: Sequence[Tokens], orders: Sequence[int], vocab_size: i
     models = {}
     for order, config in configs.items():
         raw = counted[order - 1]
-        chosen = [(level.keys_U, level.adjusted_U) for level in counted[: order - 1]] + [
-            (raw.keys_U, raw.raw_U)
-        ]
+        chosen = [(level.keys_U, level.adjusted_U) for level in counted[: order - 1]] + [(raw.keys_U, raw.raw_U)]
         models[order] = NGram(config)
         models[order]._set_levels([(keys_U, counts_U, _discounts(counts_U)) for keys_U, counts_U in chosen])
     return models

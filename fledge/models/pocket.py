@@ -51,9 +51,7 @@ class PocketConfig:
         if min(sizes) < 1 or self.table_rows < 0:
             raise ConfigError(f"sizes must be positive, got {self}")
         if self.width % (2 * self.num_heads):
-            raise ConfigError(
-                f"width {self.width} must be num_heads {self.num_heads} times an even head width"
-            )
+            raise ConfigError(f"width {self.width} must be num_heads {self.num_heads} times an even head width")
 
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int, table_rows: int = 131_072) -> PocketConfig:

@@ -125,9 +125,7 @@ class ScalarModel(nn.Module):
         Calling it again with (0, 1) changes nothing. Raises ValueError unless `std` is positive and both are finite.
         """
         if not (0 < std < float("inf") and abs(mean) < float("inf")):
-            raise ValueError(
-                f"normalisation needs a finite mean and a positive std, got mean {mean} and std {std}"
-            )
+            raise ValueError(f"normalisation needs a finite mean and a positive std, got mean {mean} and std {std}")
         self.mean.add_(mean * self.std)
         self.std.mul_(std)
 

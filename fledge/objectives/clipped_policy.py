@@ -47,9 +47,7 @@ class ActionSpace:
         return scaled.index_fill(-1, banned, float("-inf"))
 
 
-def action_logprobs(
-    model: Trunk, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor, space: ActionSpace
-) -> Tensor:
+def action_logprobs(model: Trunk, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor, space: ActionSpace) -> Tensor:
     """Log-probability of every response token (B, T), 0 over the prompt; the logit at t - 1 speaks of token t.
 
     `x` is what `embed` returned. A banned token has minus infinity. This is the costly region, without sparse
@@ -96,9 +94,7 @@ class ClippedPolicy:
         return Loss(terms, policy_stats(log_ratio_BT.detach(), batch, self.clip))
 
 
-def clipped_policy_loss(
-    log_ratio: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None
-) -> Tensor:
+def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None) -> Tensor:
     """The loss of each action; `log_ratio` is new minus old log-probability."""
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))

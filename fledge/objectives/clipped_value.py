@@ -52,9 +52,7 @@ class ClippedValue:
         return Loss({"value": Term((loss_BT * mask_BT).sum(), count)}, stats)
 
 
-def action_values(
-    model: Judge, tokens_BT: Tensor, segments_BT: Tensor, region: ScoreRegion = read_scores
-) -> Tensor:
+def action_values(model: Judge, tokens_BT: Tensor, segments_BT: Tensor, region: ScoreRegion = read_scores) -> Tensor:
     """Value of the state in which each token was chosen: what the model says one position EARLIER; 0 at the first."""
     values_BT = region(model, model.embed(tokens_BT, SegmentContext(segments_BT)), segments_BT)
     return F.pad(values_BT[:, :-1], (1, 0))

@@ -70,9 +70,7 @@ class NextToken:
             for number, piece in enumerate(row, start=1):
                 end = start + len(piece.ids) - 1
                 if end > self.row_length:
-                    raise ValueError(
-                        f"row {row_index} needs {end} positions, the batch has {self.row_length} a row"
-                    )
+                    raise ValueError(f"row {row_index} needs {end} positions, the batch has {self.row_length} a row")
                 ids = torch.from_numpy(piece.ids)
                 tokens_BT[row_index, start:end] = ids[:-1]
                 targets_BT[row_index, start:end] = ids[1:]

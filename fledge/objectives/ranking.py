@@ -32,15 +32,11 @@ class RankedIds:
 
     def __post_init__(self) -> None:
         if len(self.completions) != len(self.ranks):
-            raise DataError(
-                f"a ranking needs one rank a completion: {len(self.completions)} and {len(self.ranks)}"
-            )
+            raise DataError(f"a ranking needs one rank a completion: {len(self.completions)} and {len(self.ranks)}")
         if len(set(self.ranks)) < 2:
             raise DataError("a ranking needs at least two different ranks; drop rankings that are all ties")
         if not all(self.completions):
-            raise DataError(
-                "a completion of a ranking has no tokens; drop it or give it an end-of-turn token"
-            )
+            raise DataError("a completion of a ranking has no tokens; drop it or give it an end-of-turn token")
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,9 @@ class KWiseRanking:
         num_rows = len(rows) if self.num_rows is None else self.num_rows
         longest = max(map(len, rows), default=0)
         if longest > self.row_length:
-            raise DataError(
-                f"a ranked answer has {longest} tokens with its prompt, rows hold {self.row_length}"
-            )
+            raise DataError(f"a ranked answer has {longest} tokens with its prompt, rows hold {self.row_length}")
         if not rows or len(rows) > num_rows:
-            raise DataError(
-                f"a batch of {len(examples)} rankings has {len(rows)} answers, expected 1 to {num_rows}"
-            )
+            raise DataError(f"a batch of {len(examples)} rankings has {len(rows)} answers, expected 1 to {num_rows}")
         tokens_NT = torch.full((num_rows, self.row_length), self.pad_id, dtype=torch.int64)
         segments_NT = torch.zeros((num_rows, self.row_length), dtype=torch.int32)
         ends_N = torch.zeros(num_rows, dtype=torch.int64)

@@ -220,9 +220,7 @@ def _stops(card: Card) -> list[Stop]:
             *(_guest_line(g) for g in guests if g.report.headline is not None),
         )
         has_run = stage.state == "finished"
-        stops.append(
-            Stop(stage.title, headline.label, say.fact(headline), headline.unit, lines, seconds, has_run)
-        )
+        stops.append(Stop(stage.title, headline.label, say.fact(headline), headline.unit, lines, seconds, has_run))
     return stops
 
 

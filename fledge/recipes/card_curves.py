@@ -55,8 +55,7 @@ def read_metrics(path: Path) -> dict[str, Steps]:
                 continue
             metrics.setdefault(name, {})[float(step)] = float(value) if math.isfinite(value) else None
     return {
-        stage: {name: sorted(points.items()) for name, points in metrics.items()}
-        for stage, metrics in found.items()
+        stage: {name: sorted(points.items()) for name, points in metrics.items()} for stage, metrics in found.items()
     }
 
 

@@ -106,20 +106,14 @@ def fact(value: Fact) -> str:
         return percent(value.value)
     if abs(value.value) >= 10**5:
         return count(value.value)
-    return (
-        figure(value.value)
-        if isinstance(value.value, int)
-        else _trimmed(value.value, decimals_for([value.value]))
-    )
+    return figure(value.value) if isinstance(value.value, int) else _trimmed(value.value, decimals_for([value.value]))
 
 
 def column(cells: Sequence[Cell], title: str) -> list[str]:
     """The cells of one table column as text, floats with the same number of decimals throughout."""
     share = title.rstrip().endswith("%")
     numbers = [_number(cell) for cell in cells]
-    floats = [
-        n for cell, n in zip(cells, numbers, strict=True) if n is not None and not isinstance(cell, int)
-    ]
+    floats = [n for cell, n in zip(cells, numbers, strict=True) if n is not None and not isinstance(cell, int)]
     whole = all(float(value).is_integer() for value in floats)
     decimals = 1 if share else 0 if whole else decimals_for(floats)
     while not share and decimals > 0 and all(round(v, decimals) == round(v, decimals - 1) for v in floats):
@@ -162,9 +156,7 @@ def _scaled(value: float, base: int, prefixes: Sequence[str], gap: str = "") -> 
     while abs(scaled) >= base * 0.9995 and power < len(prefixes) - 1:
         scaled /= base
         power += 1
-    decimals = (
-        0 if power == 0 and float(value).is_integer() else max(0, 2 - int(math.log10(max(abs(scaled), 1))))
-    )
+    decimals = 0 if power == 0 and float(value).is_integer() else max(0, 2 - int(math.log10(max(abs(scaled), 1))))
     return f"{_trimmed(scaled, decimals)}{gap}{prefixes[power]}"
 
 
@@ -187,9 +179,7 @@ def _cell(cell: Cell, share: bool, decimals: int) -> str:
     if isinstance(cell, str):
         return cell
     if isinstance(cell, Interval):
-        low, value, high = (
-            percent(v) if share else figure(v, decimals) for v in (cell.low, cell.value, cell.high)
-        )
+        low, value, high = (percent(v) if share else figure(v, decimals) for v in (cell.low, cell.value, cell.high))
         return f"{value} [{low}, {high}]"
     if share:
         return percent(cell)

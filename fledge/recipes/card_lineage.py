@@ -108,9 +108,7 @@ def _order(stage: str) -> int:
 
 def _checkpoints(run: Path, stage: str, manifest: Manifest) -> list[_Found]:
     """Every checkpoint below a stage's folder, `model` first; training states are no checkpoints."""
-    folders = sorted(
-        (path.parent for path in (run / stage).glob("**/run.json")), key=lambda p: (p.name != "model", p)
-    )
+    folders = sorted((path.parent for path in (run / stage).glob("**/run.json")), key=lambda p: (p.name != "model", p))
     found = []
     for folder in folders:
         info, files = read_info(folder)
@@ -186,9 +184,7 @@ def _drawn(node: LineageNode, ancestors: Mapping[str, frozenset[str]]) -> list[L
     return list(kept.values())
 
 
-def _edge(
-    node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[float, float]]
-) -> tuple[str, str]:
+def _edge(node: LineageNode, parent: LineageParent, places: Mapping[str, tuple[float, float]]) -> tuple[str, str]:
     """A curve from the parent's right to the child's left, and its role if it skips a column ("" otherwise)."""
     assert parent.node is not None
     start_x, start_y = places[parent.node]

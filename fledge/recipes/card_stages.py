@@ -30,9 +30,7 @@ BITS = Chart(
     },
     zoom=True,
 )
-ACCURACY = Chart(
-    "Next token guessed right", "share", {"accuracy": "training", "validation_accuracy": "validation"}
-)
+ACCURACY = Chart("Next token guessed right", "share", {"accuracy": "training", "validation_accuracy": "validation"})
 UPKEEP = (
     Chart(
         "Gradient norm",
@@ -107,9 +105,7 @@ STAGES = (
         "A vocabulary is learned from the corpus, code and the user's text included.",
     ),
     StageKind("pretrain", "Pretraining", "The model learns to predict the next token of prose.", LANGUAGE),
-    StageKind(
-        "code", "Code", "Pretraining goes on with more code, some of it with the middle to fill in.", LANGUAGE
-    ),
+    StageKind("code", "Code", "Pretraining goes on with more code, some of it with the middle to fill in.", LANGUAGE),
     StageKind(
         "sft",
         "Supervised fine-tuning",
@@ -126,12 +122,8 @@ STAGES = (
         RANKING,
         "reward",
     ),
-    StageKind(
-        "ppo", "PPO", "The model is rewarded for better answers and held near where it started.", POLICY
-    ),
-    StageKind(
-        "evaluation", "Evaluation", "What the whole ring brought, on text and prompts never trained on."
-    ),
+    StageKind("ppo", "PPO", "The model is rewarded for better answers and held near where it started.", POLICY),
+    StageKind("evaluation", "Evaluation", "What the whole ring brought, on text and prompts never trained on."),
 )
 
 

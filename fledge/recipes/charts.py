@@ -115,9 +115,8 @@ def interval_mark(interval: Interval, low: float, high: float) -> str:
     start, stop, dot = (number(axis.clipped(v)) for v in (interval.low, interval.high, interval.value))
     body.append(f'<line class="i-span" x1="{start}" x2="{stop}" y1="9" y2="9"/>')
     body.append(f'<circle class="i-dot" cx="{dot}" cy="9" r="4"/>')
-    return (
-        f'<svg class="interval {side}" viewBox="0 0 120 18" width="120" height="18" aria-hidden="true">'
-        + ("".join(body) + "</svg>")
+    return f'<svg class="interval {side}" viewBox="0 0 120 18" width="120" height="18" aria-hidden="true">' + (
+        "".join(body) + "</svg>"
     )
 
 
@@ -136,9 +135,7 @@ def _nothing(title: str) -> str:
 
 
 def _label(x: float, y: float, value: str, style: str, anchor: str = "start") -> str:
-    return (
-        f'<text class="{style}" x="{number(x)}" y="{number(y)}" text-anchor="{anchor}">{text(value)}</text>'
-    )
+    return f'<text class="{style}" x="{number(x)}" y="{number(y)}" text-anchor="{anchor}">{text(value)}</text>'
 
 
 def _axis(values: Sequence[float], start: float, stop: float, padding: float) -> Axis:
@@ -247,9 +244,7 @@ def _bar(y: float, name: str, value: float | None, axis: Axis, tone: str, unit: 
         return parts[0] + _label(axis.start, y + 10.5, say.NOTHING, "t-bar")
     start, stop = sorted((axis(0.0), axis(value)))
     width = number(max(stop - start, 1.0))
-    parts.append(
-        f'<rect class="bar {tone}" x="{number(start)}" y="{number(y)}" width="{width}" height="13" rx="2"/>'
-    )
+    parts.append(f'<rect class="bar {tone}" x="{number(start)}" y="{number(y)}" width="{width}" height="13" rx="2"/>')
     shown = say.percent(value) + " %" if unit == "%" else say.figure(float(value), decimals)
     parts.append(_label(stop + 6, y + 10.5, shown, "t-value"))
     return "".join(parts)

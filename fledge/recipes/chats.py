@@ -67,9 +67,7 @@ def prompts(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(chats))
     chosen: list[Prompt] = []
-    places = {
-        int(index): rng.permutation(_reply_places(chats[index].conversation)).tolist() for index in order
-    }
+    places = {int(index): rng.permutation(_reply_places(chats[index].conversation)).tolist() for index in order}
     while len(chosen) < count and any(places.values()):
         for index in order:
             left = places[int(index)]

@@ -91,9 +91,7 @@ def measure(directory: Path, order: MeasureOrder, listener: Listener) -> Measure
     raise_malloc_thresholds()
     loaded = load_model(directory, device=default_device())
     if family(loaded.info.family).kind == "scalar":
-        raise RunError(
-            f"{directory}: a reward or value model says no text; its accuracy stands on the run's card"
-        )
+        raise RunError(f"{directory}: a reward or value model says no text; its accuracy stands on the run's card")
     run = run_of(directory)
     plan = None if run is None else read_plan(run)
     material = _material(directory, run, plan, order)
@@ -135,9 +133,7 @@ def read_plan(run: Path) -> RingPlan:
         data.pop("fledge", None)
         return from_json(RingPlan, data)
     except (OSError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"{path}: not a plan that this fledge reads ({error}); use the fledge that raised it"
-        ) from error
+        raise RunError(f"{path}: not a plan that this fledge reads ({error}); use the fledge that raised it") from error
 
 
 def scorer_of(loaded: LoadedModel, plan: RingPlan | None, row_length: int | None) -> Scorer:
@@ -182,9 +178,7 @@ def _material(directory: Path, run: Path | None, plan: RingPlan | None, order: M
     elif run is not None:
         material.add(Corpus.open(run / "corpus" / "documents").examples("validation"))
     elif not order.benchmarks:
-        raise RunError(
-            f"{directory} lies in no run with held-out text; name a source with --source, or --benchmarks"
-        )
+        raise RunError(f"{directory} lies in no run with held-out text; name a source with --source, or --benchmarks")
     return material
 
 
@@ -192,9 +186,7 @@ def _language(scorer: Scorer, loaded: LoadedModel, material: _Material, order: M
     if not material.texts:
         return {}
     code = material.code & set(material.texts)
-    return bits_per_byte.evaluate(
-        scorer, material.texts, loaded.tokenizer, code_sources=code, limit=order.limit
-    )
+    return bits_per_byte.evaluate(scorer, material.texts, loaded.tokenizer, code_sources=code, limit=order.limit)
 
 
 def _manners(loaded: LoadedModel, material: _Material, order: MeasureOrder) -> Metrics:

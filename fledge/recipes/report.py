@@ -41,9 +41,7 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:
-            raise ValueError(
-                f"an interval holds its value: got {self.value} outside [{self.low}, {self.high}]"
-            )
+            raise ValueError(f"an interval holds its value: got {self.value} outside [{self.low}, {self.high}]")
 
 
 Cell = str | int | float | bool | None | Interval
@@ -76,9 +74,7 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ValueError(
-                    f"table '{self.title}': a row has {len(row)} cells under {len(self.columns)} columns"
-                )
+                raise ValueError(f"table '{self.title}': a row has {len(row)} cells under {len(self.columns)} columns")
         object.__setattr__(self, "rows", tuple(tuple(_clean(cell) for cell in row) for row in self.rows))
 
     @classmethod

@@ -38,9 +38,7 @@ def gae_by_definition(
     """The slow twin: one episode of actions only, A_t as the sum of (gamma lambda)^k delta_{t+k}, in Python floats."""
     following = [*values[1:], 0.0]
     deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, following, strict=True)]
-    advantages = [
-        sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))
-    ]
+    advantages = [sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 

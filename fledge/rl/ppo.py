@@ -180,9 +180,7 @@ class PPO:
 
     def _sample(self) -> tuple[list[Sequence[int]], list[Completion], Episodes]:
         config = self.config
-        chosen = draw_prompts(
-            len(self.world.prompts), config.episodes, seed=config.seed, number=self.round_number
-        )
+        chosen = draw_prompts(len(self.world.prompts), config.episodes, seed=config.seed, number=self.round_number)
         prompts = [self.world.prompts[index] for index in chosen]
         params = SamplingParams(max_tokens=config.response_length, temperature=config.temperature)
         generator = generator_of("sampling", config.seed, self.round_number)
@@ -196,9 +194,7 @@ class PPO:
         rows = min(config.forward_rows, config.minibatch)
         with precision(self.device):
             old_BT = policy_logprobs(actors.policy, episodes, self.space, rows=rows, region=regions.policy)
-            reference_BT = policy_logprobs(
-                actors.reference, episodes, self.space, rows=rows, region=regions.policy
-            )
+            reference_BT = policy_logprobs(actors.reference, episodes, self.space, rows=rows, region=regions.policy)
             values_BT = state_values(actors.value, episodes, rows=rows, region=regions.scores)
             scores_B = self.world.scorer(episodes).float()
         self.moments = self.moments.with_scores(scores_B)
@@ -288,9 +284,7 @@ class PPO:
         path = self._dump_path("rollout")
         if path is not None:
             dump_batches([(ClippedPolicy(self.space), batch)], path)
-        raise TrainingHalted(
-            f"PPO round {self.round_number}: {why}; batch in {path or 'nowhere (no dump_folder)'}"
-        )
+        raise TrainingHalted(f"PPO round {self.round_number}: {why}; batch in {path or 'nowhere (no dump_folder)'}")
 
     def tensors(self) -> dict[str, Tensor]:
         """All trained weights, their averages and optimizer states, flat by name; not copies."""
@@ -301,9 +295,7 @@ class PPO:
             "policy_optimizer": self.policy_optimizers.tensors(),
             "value_optimizer": self.value_optimizers.tensors(),
         }
-        return {
-            f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()
-        }
+        return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
 
     def scalars(self) -> dict[str, Any]:
         """What `tensors` cannot hold, as JSON values. `round` is also the prompt cursor and the state of all draws."""

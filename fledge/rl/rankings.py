@@ -53,9 +53,7 @@ def rank(candidates: Candidates, size: int) -> Ranking | None:
 
     None if there are fewer than four answers, or if all of them tie.
     """
-    in_turn = [
-        (tier, answer) for row in zip_longest(*candidates.tiers) for tier, answer in enumerate(row) if answer
-    ]
+    in_turn = [(tier, answer) for row in zip_longest(*candidates.tiers) for tier, answer in enumerate(row) if answer]
     chosen = sorted(in_turn[:size], key=lambda pair: pair[0])
     best_tier_of: dict[str, int] = {}
     for tier, answer in chosen:

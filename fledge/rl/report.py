@@ -53,9 +53,7 @@ def sampler_gap(rollout: Rollout) -> Metrics:
 
     A mean below 0.005 is healthy, above 0.01 an alarm: temperature, banned ids, positions or precision differ.
     """
-    gap_BT = (
-        rollout.old_logprobs_BT.exp() - rollout.sampler_logprobs_BT.exp()
-    ).abs() * rollout.action_mask_BT
+    gap_BT = (rollout.old_logprobs_BT.exp() - rollout.sampler_logprobs_BT.exp()).abs() * rollout.action_mask_BT
     mean = float(gap_BT.sum() / rollout.action_mask_BT.sum())
     return {"sampler_gap": mean, "sampler_gap_max": float(gap_BT.max())}
 

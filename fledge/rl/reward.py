@@ -55,9 +55,7 @@ class Moments:
         num, mean = scores_B.numel(), float(scores_B.mean())
         total = self.count + num
         gap = mean - self.mean
-        squares = (
-            self.squares + float((scores_B - mean).square().sum()) + gap * gap * self.count * num / total
-        )
+        squares = self.squares + float((scores_B - mean).square().sum()) + gap * gap * self.count * num / total
         return Moments(total, self.mean + gap * num / total, squares)
 
     @property

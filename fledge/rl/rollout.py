@@ -74,9 +74,7 @@ class Episodes:
         return (Episodes(*tensors) for tensors in zip(*pieces, strict=True))
 
 
-def lay_out(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Completion], shape: EpisodeShape
-) -> Episodes:
+def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], shape: EpisodeShape) -> Episodes:
     """One row an episode. `DataError` for a prompt longer than the shape allows, or an answer without tokens."""
     num_rows, num_positions = len(prompts), shape.prompt_length + shape.response_length
     tokens_BT = torch.full((num_rows, num_positions), shape.pad_id, dtype=torch.int64)
@@ -118,9 +116,7 @@ def naive_sampler(*, pad_id: int, stop_ids: frozenset[int], decode: Decode) -> S
     def sample(
         model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, generator: torch.Generator
     ) -> list[Completion]:
-        return generate(
-            model, prompts, params, stop_ids=stop_ids, pad_id=pad_id, decode=decode, generator=generator
-        )
+        return generate(model, prompts, params, stop_ids=stop_ids, pad_id=pad_id, decode=decode, generator=generator)
 
     return sample
 
@@ -166,9 +162,7 @@ def policy_logprobs(
 
 
 @torch.no_grad()
-def state_values(
-    model: ScalarModel, episodes: Episodes, *, rows: int, region: ScoreRegion = read_scores
-) -> Tensor:
+def state_values(model: ScalarModel, episodes: Episodes, *, rows: int, region: ScoreRegion = read_scores) -> Tensor:
     """The value of the state before every action, (B, T), 0 elsewhere."""
     values = [
         action_values(model, chunk.tokens_BT, chunk.segments_BT, region) * chunk.action_mask_BT

@@ -63,22 +63,16 @@ class TrainState:
         a name or shape does not fit.
         """
         weights = _weights(self.model)
-        given = {
-            key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")
-        }
+        given = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
         for name in sorted(weights.keys() ^ given.keys()):
             where = "the saved state" if name in weights else "this model"
-            raise CheckpointError(
-                f"weight '{name}' is missing from {where}; was it made with another config?"
-            )
+            raise CheckpointError(f"weight '{name}' is missing from {where}; was it made with another config?")
         for name, weight in weights.items():
             if weight.shape != given[name].shape:
                 shapes = f"{tuple(given[name].shape)}, expected {tuple(weight.shape)}"
                 raise CheckpointError(f"saved weight '{name}' has shape {shapes}")
         prefix = "optimizer/"
-        self.optimizers.load_tensors(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        self.optimizers.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(given[name])
@@ -139,9 +133,7 @@ def train_step(
         with precision(device):
             loss = objective.loss(model, batch.to(device))
         for name, term in loss.terms.items():
-            assert math.isclose(term.count, batch.counts[name], rel_tol=1e-5), (
-                f"{name}: loss and batch disagree"
-            )
+            assert math.isclose(term.count, batch.counts[name], rel_tol=1e-5), f"{name}: loss and batch disagree"
         total = sums.add(loss, counts)
         if total is not None and total.requires_grad:
             total.backward()
@@ -149,9 +141,7 @@ def train_step(
     metrics = sums.metrics(counts) | {"grad_norm": grad_norm}
     if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
         where = dump_batches(pairs, dump_to) if dump_to is not None else "nowhere (no dump_to given)"
-        raise TrainingHalted(
-            f"loss {metrics['loss']}, gradient norm {grad_norm}; weights untouched, batch in {where}"
-        )
+        raise TrainingHalted(f"loss {metrics['loss']}, gradient norm {grad_norm}; weights untouched, batch in {where}")
     optimizers.step()
     return metrics
 
@@ -166,9 +156,7 @@ class _Sums:
 
     def add(self, loss: Loss, counts: Mapping[str, float]) -> Tensor | None:
         """The scalar to run backward from, or None if no term has anything to count."""
-        parts = [
-            term.sum * (term.weight / counts[name]) for name, term in loss.terms.items() if counts[name] > 0
-        ]
+        parts = [term.sum * (term.weight / counts[name]) for name, term in loss.terms.items() if counts[name] > 0]
         for name, term in loss.terms.items():
             self._terms[name] += float(term.sum.detach())
             self._weights[name] = term.weight
@@ -178,9 +166,7 @@ class _Sums:
         return torch.stack(parts).sum() if parts else None
 
     def metrics(self, counts: Mapping[str, float]) -> Metrics:
-        means = {
-            name: total / counts[name] if counts[name] > 0 else 0.0 for name, total in self._terms.items()
-        }
+        means = {name: total / counts[name] if counts[name] > 0 else 0.0 for name, total in self._terms.items()}
         return {
             "loss": sum(self._weights[name] * mean for name, mean in means.items()),
             **{f"loss/{name}": mean for name, mean in means.items()},
@@ -205,7 +191,5 @@ def dump_batches(pairs: Pairs, path: Path) -> Path:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers, a tied parameter once."""
-    buffers = {
-        name: tensor for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())
-    }
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())}
     return {name: parameter.data for name, parameter in model.named_parameters()} | buffers

@@ -40,9 +40,7 @@ class Shaped(Protocol):
     def vocab_size(self) -> int: ...
 
 
-def flops_per_token(
-    parameters: Mapping[str, int], roles: Mapping[str, str], config: Shaped, row_length: int
-) -> float:
+def flops_per_token(parameters: Mapping[str, int], roles: Mapping[str, str], config: Shaped, row_length: int) -> float:
     """FLOPS_FORMULA. `parameters` gives the number of elements by name; a model without a head of its own is tied."""
     by_role = dict.fromkeys(("matrix", "head"), 0)
     for name, size in parameters.items():

@@ -51,9 +51,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_add_(weights, list(directions.unbind()), alpha=-rate)
 
 
-def orthogonalised(
-    matrices_NRC: Tensor, coefficients: tuple[float, float, float], num_iterations: int
-) -> Tensor:
+def orthogonalised(matrices_NRC: Tensor, coefficients: tuple[float, float, float], num_iterations: int) -> Tensor:
     """(N, R, C): for each matrix U S V^T roughly U V^T, by Newton-Schulz, in float32.
 
     X <- R X with R = aI + bG + cG^2 and G = X X^T. A step on X costs 2 L/S + 1 products of the short side S, one on G

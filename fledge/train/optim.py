@@ -35,9 +35,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.method == "rows" and self.decay:
-            raise ValueError(
-                "row-sparse tables cannot decay: rows that a batch does not touch stay as they are"
-            )
+            raise ValueError("row-sparse tables cannot decay: rows that a batch does not touch stay as they are")
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,7 @@ class OptimizerSet:
         known = [field.name for field in fields(config)]
         for name in self._named:
             if self._roles.get(name) not in known:
-                raise ValueError(
-                    f"parameter {name} has role {self._roles.get(name)!r}; known are {', '.join(known)}"
-                )
+                raise ValueError(f"parameter {name} has role {self._roles.get(name)!r}; known are {', '.join(known)}")
         for role in known:
             parameters = [p for name, p in self._named.items() if self._roles[name] == role]
             if parameters:
@@ -147,9 +143,7 @@ class OptimizerSet:
             name, _, slot = key.rpartition(":")
             parameter = self._named.get(name)
             if parameter is None:
-                raise CheckpointError(
-                    f"optimizer state '{key}' belongs to no trainable parameter of this model"
-                )
+                raise CheckpointError(f"optimizer state '{key}' belongs to no trainable parameter of this model")
             if value.ndim and value.shape != parameter.shape:
                 shapes = f"{tuple(value.shape)}, expected {tuple(parameter.shape)}"
                 raise CheckpointError(f"optimizer state '{key}' has shape {shapes}")

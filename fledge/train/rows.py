@@ -45,12 +45,7 @@ class RowAdam(torch.optim.Optimizer):
         step, (beta1, beta2) = float(state["step"]), group["betas"]
         rows, gradient = _touched(parameter)
         mean = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
-        square = (
-            state["exp_avg_sq"]
-            .index_select(0, rows)
-            .mul_(beta2)
-            .addcmul_(gradient, gradient, value=1 - beta2)
-        )
+        square = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         state["exp_avg"].index_copy_(0, rows, mean)
         state["exp_avg_sq"].index_copy_(0, rows, square)
         # As SparseAdam: eps is added before the bias correction of the second moment.

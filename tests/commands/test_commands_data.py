@@ -39,9 +39,7 @@ def test_examples_of_a_folder_are_shown_as_they_are(folder: Path, capsys: pytest
     assert "characters]" not in capsys.readouterr().out
 
 
-def test_stats_say_what_is_kept_and_why_the_rest_is_not(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stats_say_what_is_kept_and_why_the_rest_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "b.txt").write_bytes(b"\0")
     (folder / "c.png").write_bytes(b"")
     assert main(["data", "stats", str(folder)]) == 2
@@ -79,8 +77,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert said.count("\n") == 1
 
 
-def test_nothing_is_fetched_for_what_is_on_the_machine(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_fetched_for_what_is_on_the_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "fetch", "stdlib"]) == 0
     assert "nothing to fetch" in capsys.readouterr().out

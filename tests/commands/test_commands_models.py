@@ -22,9 +22,7 @@ from fledge.types import Conversation
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(
-        ["a bird flies out of the nest, and the nest is empty"] * 3, TokenizerConfig("bpe", 300)
-    )
+    return train_tokenizer(["a bird flies out of the nest, and the nest is empty"] * 3, TokenizerConfig("bpe", 300))
 
 
 def write_checkpoint(directory: Path, family: str, model: torch.nn.Module, tokenizer: Tokenizer) -> None:
@@ -73,9 +71,7 @@ def test_an_exported_model_talks_the_same_in_transformers(tmp_path: Path, tokeni
     text = "the nest, 鸟 and\n a  bird"
     assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
     renderer = ChatRenderer(tokenizer)
-    conversation = Conversation.of(
-        ("system", "be brief"), ("user", "bird?"), ("assistant", "yes"), ("user", text)
-    )
+    conversation = Conversation.of(("system", "be brief"), ("user", "bird?"), ("assistant", "yes"), ("user", text))
     messages = [{"role": message.role, "content": message.text} for message in conversation.messages]
     ids = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tuple(ids) == renderer.prompt(conversation)

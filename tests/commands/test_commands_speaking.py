@@ -274,9 +274,7 @@ def test_the_oldest_exchanges_leave_first_and_the_system_stays(tokenizer):
             lengths.setdefault(speaking.within(renderer, whole, room, 9), room)
         except UserError:
             break
-    expected = [
-        renderer.prompt(Conversation.of(turns[0], *turns[start:], ("user", "what"))) for start in (1, 3, 5)
-    ]
+    expected = [renderer.prompt(Conversation.of(turns[0], *turns[start:], ("user", "what"))) for start in (1, 3, 5)]
     assert list(lengths) == expected
     assert room == len(expected[-1]) - 1
     assert speaking.within(renderer, whole, None, 9) == expected[0]

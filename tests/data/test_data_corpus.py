@@ -55,9 +55,7 @@ def test_no_validation_document_is_trained_on_whatever_source_or_form(
     folders: list[Ingredient], tmp_path: Path
 ) -> None:
     corpus = build(folders, tmp_path)
-    sides = [
-        [document_key(example_text(e)) for e in corpus.examples(side)] for side in ("train", "validation")
-    ]
+    sides = [[document_key(example_text(e)) for e in corpus.examples(side)] for side in ("train", "validation")]
     assert len(sides[0]) + len(sides[1]) == len(set(sides[0]) | set(sides[1])) == 200
     assert len(sides[1]) > 20
     # Built from each source alone, every text is on the side it is on in the whole.
@@ -93,9 +91,7 @@ def test_the_same_seed_gives_the_same_corpus_and_a_limit_takes_a_part(
     assert texts < {example_text(e) for e in corpus.examples("all", ["one"])}
 
 
-def test_shards_of_both_sides_hold_the_documents_and_not_the_chats(
-    folders: list[Ingredient], tmp_path: Path
-) -> None:
+def test_shards_of_both_sides_hold_the_documents_and_not_the_chats(folders: list[Ingredient], tmp_path: Path) -> None:
     corpus = build(folders, tmp_path)
     made = tokenize_corpus(corpus, Utf8Encoder(), tmp_path / "shards")
     for side, shards in made.items():
@@ -134,18 +130,14 @@ def test_a_truncated_or_altered_corpus_is_refused_by_name(folders: list[Ingredie
         Corpus.open(corpus.folder)
 
 
-def test_sources_that_give_nothing_are_refused_with_the_reasons(
-    folders: list[Ingredient], tmp_path: Path
-) -> None:
+def test_sources_that_give_nothing_are_refused_with_the_reasons(folders: list[Ingredient], tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.txt").write_bytes(b"\0")
     (tmp_path / "bad/b.txt").write_text("\x01\x02\x03\x04")
     bad = Ingredient("bad", str(tmp_path / "bad"))
     with pytest.raises(DataError, match=r"a\.txt has a NUL byte"):
         build([bad], tmp_path)
-    with pytest.raises(
-        DataError, match=r"'bad' at .* gave no training document out of 1 read .*control"
-    ) as caught:
+    with pytest.raises(DataError, match=r"'bad' at .* gave no training document out of 1 read .*control") as caught:
         build([Ingredient("bad", bad.path, skip_bad=True)], tmp_path)
     assert "NUL byte" in str(caught.value)
     assert not (tmp_path / "corpus").exists()

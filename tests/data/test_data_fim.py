@@ -36,9 +36,7 @@ def test_the_two_orders_are_those_of_the_paper() -> None:
 
 
 @given(st.data(), st.lists(st.integers(10, 99), max_size=30), st.booleans())
-def test_prefix_middle_and_suffix_recompose_the_document(
-    data: st.DataObject, ids: list[int], is_spm: bool
-) -> None:
+def test_prefix_middle_and_suffix_recompose_the_document(data: st.DataObject, ids: list[int], is_spm: bool) -> None:
     first = data.draw(st.integers(0, len(ids)))
     second = data.draw(st.integers(first, len(ids)))
     text = np.array(ids, np.int32)

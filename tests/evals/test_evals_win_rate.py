@@ -112,9 +112,7 @@ def test_length_that_tells_the_winner_perfectly_keeps_the_fit_finite(num_prompts
 
 
 def test_a_judge_that_always_likes_the_first_answer_gives_half_and_is_found_out():
-    metrics = win_rate.evaluate_pairwise(
-        lambda p, a, b: [1.0] * len(p), range(50), ["a"] * 50, ["b"] * 50, seed=0
-    )
+    metrics = win_rate.evaluate_pairwise(lambda p, a, b: [1.0] * len(p), range(50), ["a"] * 50, ["b"] * 50, seed=0)
     assert metrics["win_rate"] == 0.5
     assert metrics["ties"] == 50
     assert metrics["first_position_rate"] == 1.0

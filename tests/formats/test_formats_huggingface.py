@@ -93,9 +93,7 @@ def test_logits_of_their_directory_equal_theirs(name: str, tmp_path: Path) -> No
     _, ours = load_huggingface(tmp_path / "theirs")
     tokens_BT = some_tokens(ours.vocab_size)
     with torch.no_grad():
-        torch.testing.assert_close(
-            our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -105,9 +103,7 @@ def test_logits_of_our_directory_are_the_same_in_transformers(name: str, tmp_pat
         for parameter in ours.parameters():
             parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     save_huggingface(name.split("-")[0].rstrip("123"), ours, tmp_path / "ours")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens_BT = some_tokens(ours.vocab_size)
     with torch.no_grad():
@@ -144,9 +140,7 @@ def test_shards_that_they_wrote_are_read(shard: str, tmp_path: Path) -> None:
     _, ours = load_huggingface(tmp_path / "theirs")
     tokens_BT = some_tokens(ours.vocab_size)
     with torch.no_grad():
-        torch.testing.assert_close(
-            our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(our_logits(ours, tokens_BT), theirs(tokens_BT).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_our_shards_are_read_by_transformers(tmp_path: Path) -> None:
@@ -155,9 +149,7 @@ def test_our_shards_are_read_by_transformers(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     tokens_BT = some_tokens(ours.vocab_size)
     with torch.no_grad():
-        torch.testing.assert_close(
-            theirs(tokens_BT).logits, our_logits(ours, tokens_BT), atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(theirs(tokens_BT).logits, our_logits(ours, tokens_BT), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -177,9 +169,7 @@ def test_half_files_are_cast_to_what_is_asked(dtype: torch.dtype, tmp_path: Path
 
 def test_half_files_of_ours_are_half_and_say_so(tmp_path: Path) -> None:
     save_huggingface("gpt", OURS["gpt2"], tmp_path / "half", dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "half/model.safetensors").values()} == {
-        torch.bfloat16
-    }
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half/model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -279,9 +269,7 @@ def test_a_truncated_or_absent_file_is_refused_by_name(gpt2_directory: Path) -> 
         load_huggingface(gpt2_directory / "elsewhere")
 
 
-@pytest.mark.parametrize(
-    "place", ["../model.safetensors", "{root}/model.safetensors", "..", "absent.safetensors"]
-)
+@pytest.mark.parametrize("place", ["../model.safetensors", "{root}/model.safetensors", "..", "absent.safetensors"])
 def test_an_index_cannot_point_elsewhere(place: str, gpt2_directory: Path) -> None:
     outside = gpt2_directory.parent / "model.safetensors"  # all the weights are there, and yet
     (gpt2_directory / "model.safetensors").rename(outside)
@@ -289,9 +277,7 @@ def test_an_index_cannot_point_elsewhere(place: str, gpt2_directory: Path) -> No
     index = {"weight_map": dict.fromkeys(load_file(outside), place)}
     (gpt2_directory / "model.safetensors.index.json").write_text(json.dumps(index))
     is_beside = "/" not in place
-    with pytest.raises(
-        CheckpointError, match="cannot be read" if is_beside else "is not the name of a file beside it"
-    ):
+    with pytest.raises(CheckpointError, match="cannot be read" if is_beside else "is not the name of a file beside it"):
         load_huggingface(gpt2_directory)
 
 

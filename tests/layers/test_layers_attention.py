@@ -38,15 +38,11 @@ def slow_attention(
     y_BTHK = torch.zeros_like(q_BTHK)
     for row, t, head in itertools.product(range(num_rows), range(num_positions), range(num_heads)):
         seen = [
-            s
-            for s in range(t + 1)
-            if segments_BT[row, s] == segments_BT[row, t] and (window is None or t - s < window)
+            s for s in range(t + 1) if segments_BT[row, s] == segments_BT[row, t] and (window is None or t - s < window)
         ]
         scores = k_BTGK[row, seen, head // group] @ q_BTHK[row, t, head] * scale
         if bias is not None:
-            scores = (
-                scores + bias.expand(num_rows, num_heads, num_positions, num_positions)[row, head, t, seen]
-            )
+            scores = scores + bias.expand(num_rows, num_heads, num_positions, num_positions)[row, head, t, seen]
         y_BTHK[row, t, head] = scores.softmax(0) @ v_BTGK[row, seen, head // group]
     return y_BTHK
 
@@ -72,9 +68,7 @@ def contexts() -> list[tuple[Context, Tensor]]:
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 7, 8, 22, 23, 40])
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-def test_attention_equals_the_slow_twin_at_every_window(
-    window: int | None, which: int, heads: tuple[int, int]
-) -> None:
+def test_attention_equals_the_slow_twin_at_every_window(window: int | None, which: int, heads: tuple[int, int]) -> None:
     context, segments_BT = contexts()[which]
     q, k, v = random_heads(*heads)
     expected = slow_attention(q, k, v, segments_BT, window=window, scale=0.3)
@@ -133,9 +127,7 @@ def test_earlier_tokens_never_come_from_another_document(steps: int) -> None:
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("window", [None, 2, 9])
-def test_dropped_attention_keeps_its_expectation_and_leaves_the_context_alone(
-    which: int, window: int | None
-) -> None:
+def test_dropped_attention_keeps_its_expectation_and_leaves_the_context_alone(which: int, window: int | None) -> None:
     context, _ = contexts()[which]
     q, k, v = random_heads(4, 2)
     plain = context.attend(0, q, k, v, window=window)

@@ -14,16 +14,13 @@ def test_rms_norm_equals_equation_4() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.randn(7, generator=generator))
     expected = (
-        torch.stack([row / (row.square().mean() + 1e-3) ** 0.5 for row in x.view(-1, 7)]).view_as(x)
-        * norm.weight
+        torch.stack([row / (row.square().mean() + 1e-3) ** 0.5 for row in x.view(-1, 7)]).view_as(x) * norm.weight
     )
     torch.testing.assert_close(norm(x), expected)
 
 
 def test_rms_norm_keeps_the_type_and_takes_its_statistics_in_float32() -> None:
-    x = torch.full(
-        (1, 4096), 300.0, dtype=torch.float16
-    )  # the sum of squares overflows float16 many times over
+    x = torch.full((1, 4096), 300.0, dtype=torch.float16)  # the sum of squares overflows float16 many times over
     y = RMSNorm(4096, 1e-6).to(torch.float16)(x)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y.float(), torch.ones(1, 4096), atol=1e-3, rtol=0.0)

@@ -43,9 +43,7 @@ def test_scores_depend_on_the_distance_only() -> None:
 
 def test_the_type_of_the_input_is_kept() -> None:
     x_BTHK = heads(4, 6).bfloat16()
-    assert (
-        rotate(x_BTHK, rotations(torch.arange(4).expand(2, 4), frequencies(6, 10.0))).dtype == torch.bfloat16
-    )
+    assert rotate(x_BTHK, rotations(torch.arange(4).expand(2, 4), frequencies(6, 10.0))).dtype == torch.bfloat16
 
 
 def test_stretching_keeps_fast_frequencies_slows_slow_ones_and_blends_between() -> None:
@@ -56,9 +54,7 @@ def test_stretching_keeps_fast_frequencies_slows_slow_ones_and_blends_between() 
     torch.testing.assert_close(stretch(theta, scaling), theta * kept)
 
 
-@pytest.mark.parametrize(
-    "numbers", [(0.5, 1.0, 4.0, 8), (8.0, 4.0, 1.0, 8), (8.0, 1.0, 4.0, 0), (8.0, 0.0, 4.0, 8)]
-)
+@pytest.mark.parametrize("numbers", [(0.5, 1.0, 4.0, 8), (8.0, 4.0, 1.0, 8), (8.0, 1.0, 4.0, 0), (8.0, 0.0, 4.0, 8)])
 def test_a_scaling_that_makes_no_sense_is_refused(numbers: tuple[float, float, float, int]) -> None:
     with pytest.raises(ConfigError, match="rotary scaling needs"):
         Llama3Scaling(*numbers)

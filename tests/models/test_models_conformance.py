@@ -137,11 +137,7 @@ def test_packed_documents_have_the_logits_and_gradients_of_unpacked_ones(family:
         model.zero_grad()
         for found_BTV, target_BT in pairs:
             nn.functional.cross_entropy(found_BTV[0], target_BT[0], reduction="sum").backward()
-        dense = [
-            p.grad.to_dense() if p.grad.is_sparse else p.grad
-            for p in model.parameters()
-            if p.grad is not None
-        ]
+        dense = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
         return [found_BTV.detach() for found_BTV, _ in pairs], dense
 
     packed = logits(model, torch.cat(documents, dim=1), segments_BT)

@@ -77,9 +77,7 @@ class RecordingContext(RowContext):
         super().__init__(tokens_BT)
         self.windows: list[tuple[int, int | None]] = []
 
-    def attend(
-        self, site: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **_: Any
-    ) -> Tensor:
+    def attend(self, site: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **_: Any) -> Tensor:
         self.windows.append((site, window))
         index = torch.arange(q.shape[1])
         distance = index[:, None] - index
@@ -105,9 +103,7 @@ def test_a_banded_layer_forgets_what_left_its_window() -> None:
     x_BTD = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
     changed_BTD = x_BTD.clone()
     changed_BTD[:, 4, 0] += 1.0
-    moved_T = (model.blocks[1](x_BTD, context) - model.blocks[1](changed_BTD, context)).abs().amax(
-        dim=(0, 2)
-    ) > 1e-6
+    moved_T = (model.blocks[1](x_BTD, context) - model.blocks[1](changed_BTD, context)).abs().amax(dim=(0, 2)) > 1e-6
     assert moved_T.tolist() == [4 <= t < 7 for t in range(12)]
 
 

@@ -63,9 +63,7 @@ def test_grouped_queries_equal_plain_heads_with_repeated_keys_and_values() -> No
             weights[name] = heads.repeat_interleave(3, dim=0).reshape(24, 24)
     plain.load_state_dict(weights)
     tokens_BT = some_tokens(2, 13)
-    torch.testing.assert_close(
-        grouped.next_logprobs(tokens_BT), plain.next_logprobs(tokens_BT), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(grouped.next_logprobs(tokens_BT), plain.next_logprobs(tokens_BT), atol=1e-5, rtol=1e-5)
 
 
 def test_the_mlp_is_swiglu() -> None:

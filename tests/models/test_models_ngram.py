@@ -98,9 +98,7 @@ def test_discounts_equal_chen_and_goodman_for_known_counts_of_counts():
     words = [1] * 4 + [2] * 3 + [3] * 3 + [w for w in range(4, 8) for _ in range(2)] + list(range(8, 18))
     model = NGram.fit([[0, *words]], NGramConfig(vocab_size=20, order=1))
     y = 10 / 18
-    assert model.discounts.tolist() == [
-        pytest.approx([1 - 2 * y * 4 / 10, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2])
-    ]
+    assert model.discounts.tolist() == [pytest.approx([1 - 2 * y * 4 / 10, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2])]
 
 
 def test_counts_too_few_to_estimate_discounts_fall_back():
@@ -166,9 +164,7 @@ def test_a_longer_memory_lowers_the_loss_on_text_with_long_repetitions():
     phrases = rng.integers(1, 40, size=(20, 6))
     sequences = [[0, *map(int, phrases[rng.integers(20, size=8)].reshape(-1)), 0] for _ in range(60)]
     models = fit_orders(sequences[:50], [1, 2, 4], 40)
-    loss = {
-        k: -np.mean(np.concatenate([m.target_logprobs(s) for s in sequences[50:]])) for k, m in models.items()
-    }
+    loss = {k: -np.mean(np.concatenate([m.target_logprobs(s) for s in sequences[50:]])) for k, m in models.items()}
     assert loss[4] < loss[2] < loss[1]
 
 
@@ -227,9 +223,7 @@ def test_tensors_of_another_order_or_with_damaged_counts_are_refused():
 def test_one_token_sequences_predict_nothing_and_alone_are_refused():
     model = NGram.fit([[0, 1, 2], [3]], NGramConfig(vocab_size=4, order=2))
     same = NGram.fit([[0, 1, 2]], NGramConfig(vocab_size=4, order=2))
-    assert torch.equal(
-        model.next_logprobs(torch.tensor([[0, 3]])), same.next_logprobs(torch.tensor([[0, 3]]))
-    )
+    assert torch.equal(model.next_logprobs(torch.tensor([[0, 3]])), same.next_logprobs(torch.tensor([[0, 3]])))
     assert len(model.target_logprobs([2])) == 0
     with pytest.raises(DataError, match="two tokens"):
         NGram.fit([[0], []], NGramConfig(vocab_size=4, order=2))

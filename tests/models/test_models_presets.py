@@ -29,6 +29,4 @@ def test_counting_two_layers_gives_the_count_of_all(num_layers: int) -> None:
     gpt = replace(GPT_PRESETS["gpt3-125m"], width=24, num_layers=num_layers)
     llama = replace(LLAMA_PRESETS["tinyllama-1.1b"], width=64, num_layers=num_layers, vocab_size=100)
     assert count_parameters("gpt", gpt) == sum(parameter.numel() for parameter in GPT(gpt).parameters())
-    assert count_parameters("llama", llama) == sum(
-        parameter.numel() for parameter in Llama(llama).parameters()
-    )
+    assert count_parameters("llama", llama) == sum(parameter.numel() for parameter in Llama(llama).parameters())

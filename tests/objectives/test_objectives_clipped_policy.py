@@ -40,9 +40,7 @@ def rollout(num_rows: int = 8) -> Rollout:
     old = torch.where(mask > 0, logprobs(model(), tokens, segments, SPACE) + noise, 0.0)
     advantages = torch.randn(shape, generator=generator) * mask
     zero = torch.zeros(shape)
-    return Rollout(
-        tokens, segments, mask, old, zero, zero, zero, advantages, zero, zero[:, 0], zero, policy_version=0
-    )
+    return Rollout(tokens, segments, mask, old, zero, zero, zero, advantages, zero, zero[:, 0], zero, policy_version=0)
 
 
 def logprobs(llama, tokens, segments, space) -> torch.Tensor:
@@ -154,9 +152,7 @@ def test_figures_are_means_over_actions_and_extremes_of_the_ratio():
 
 def test_c36_ratio_is_one_where_old_is_the_model_itself():
     llama, batch = model(), rollout()
-    old = torch.where(
-        batch.action_mask_BT > 0, logprobs(llama, batch.tokens_BT, batch.segments_BT, SPACE), 0.0
-    )
+    old = torch.where(batch.action_mask_BT > 0, logprobs(llama, batch.tokens_BT, batch.segments_BT, SPACE), 0.0)
     stats = ClippedPolicy(SPACE).loss(llama, replace(batch, old_logprobs_BT=old)).stats
     assert float(stats["ratio_gap"][0]) <= 1e-5
     assert float(stats["clip_fraction"][0]) == 0

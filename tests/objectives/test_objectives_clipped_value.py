@@ -29,9 +29,7 @@ def rollout() -> Rollout:
     mask[:, 3:6] = 1
     old, returns = torch.randn(2, *shape, generator=generator)
     zero = torch.zeros(shape)
-    return Rollout(
-        tokens, segments, mask, zero, zero, old, zero, zero, returns, zero[:, 0], zero, policy_version=0
-    )
+    return Rollout(tokens, segments, mask, zero, zero, old, zero, zero, returns, zero[:, 0], zero, policy_version=0)
 
 
 def test_c40_known_answer():
@@ -88,10 +86,7 @@ def test_c6_what_stands_outside_the_action_mask_changes_neither_loss_nor_gradien
 
 def test_figures_are_means_over_actions():
     scalar, batch = model(), rollout()
-    stats = {
-        name: float(total) / count
-        for name, (total, count) in ClippedValue(0.5).loss(scalar, batch).stats.items()
-    }
+    stats = {name: float(total) / count for name, (total, count) in ClippedValue(0.5).loss(scalar, batch).stats.items()}
     is_action = batch.action_mask_BT > 0
     with torch.no_grad():
         values = action_values(scalar, batch.tokens_BT, batch.segments_BT)[is_action]

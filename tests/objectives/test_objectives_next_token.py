@@ -74,9 +74,7 @@ def test_the_loss_is_the_weighted_sum_of_what_next_logprobs_says() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(2, 7), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_c8_packed_documents_have_the_loss_and_gradients_of_unpacked_ones(
-    lengths: list[int], seed: int
-) -> None:
+def test_c8_packed_documents_have_the_loss_and_gradients_of_unpacked_ones(lengths: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     pieces = [piece(rng.integers(2, VOCAB, n), rng.integers(0, 2, n)) for n in lengths]
     model = lively_model()

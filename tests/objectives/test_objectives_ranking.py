@@ -44,9 +44,7 @@ def ranking(*lengths: int, ranks: tuple[int, ...] | None = None, seed: int = 0) 
 
 def test_c14_loss_at_equal_scores_is_log_two_and_a_constant_changes_nothing():
     assert loss_of([0.0, 0.0], [1, 2]) == pytest.approx(0.693147, abs=1e-6)
-    assert loss_of([0.3, -1.0, 2.0], [2, 1, 3]) == pytest.approx(
-        loss_of([7.3, 6.0, 9.0], [2, 1, 3]), abs=1e-5
-    )
+    assert loss_of([0.3, -1.0, 2.0], [2, 1, 3]) == pytest.approx(loss_of([7.3, 6.0, 9.0], [2, 1, 3]), abs=1e-5)
 
 
 def test_c15_known_answer_of_four_ordered_scores():

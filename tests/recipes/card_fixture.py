@@ -65,9 +65,7 @@ COSTS = {
 }
 
 
-def fake_run(
-    runs: Path, *, stages: tuple[str, ...] = STAGES, prompt: str = "What is the capital of France?"
-) -> Path:
+def fake_run(runs: Path, *, stages: tuple[str, ...] = STAGES, prompt: str = "What is the capital of France?") -> Path:
     """A finished run named `pocket`, of which only `stages` have run."""
     run = runs / "pocket"
     run.mkdir(parents=True)
@@ -91,9 +89,7 @@ def fake_run(
         if stage == "tokenizer":
             outputs["tokenizer.json"] = _sha("tokenizer")
         if stage in PARENTS:
-            outputs |= _checkpoint(
-                run, stage, "model", {r: _weights(p, "model") for r, p in PARENTS[stage].items()}
-            )
+            outputs |= _checkpoint(run, stage, "model", {r: _weights(p, "model") for r, p in PARENTS[stage].items()})
         if stage == "ppo":
             outputs |= _checkpoint(run, stage, "ema", {"policy": _weights("ppo", "model")})
         inputs = {need: digests[need] for need in NEEDS.get(stage, ()) if need in digests}
@@ -130,12 +126,7 @@ def _metrics(run: Path, stages: tuple[str, ...]) -> None:
     shapes = {"pretrain": (1920, 8.3, 2.75, 200), "code": (480, 3.1, 2.3, 120), "sft": (320, 3.4, 2.6, 60)}
     for stage, (steps, start, end, scale) in shapes.items():
         for step in range(1, steps + 1 if stage in stages else 1):
-            loss = (
-                end
-                + (start - end) * math.exp(-step / scale)
-                + 0.4 * math.exp(-step / 600)
-                + noise.normal(0, 0.08)
-            )
+            loss = end + (start - end) * math.exp(-step / scale) + 0.4 * math.exp(-step / 600) + noise.normal(0, 0.08)
             lines.append(
                 {
                     "stage": stage,
@@ -237,9 +228,7 @@ def _reports(prompt: str) -> dict[str, StageReport]:
     )
     rng = np.random.default_rng(1)
     steps = [float(s) for s in range(0, 1921, 120)]
-    val = Series.of(
-        "Wikipedia", steps, [1.41 + 1.5 * math.exp(-s / 300) + 0.01 * rng.normal() for s in steps]
-    )
+    val = Series.of("Wikipedia", steps, [1.41 + 1.5 * math.exp(-s / 300) + 0.01 * rng.normal() for s in steps])
     code = Series.of("Python", steps, [2.02 + 1.4 * math.exp(-s / 300) + 0.01 * rng.normal() for s in steps])
     return {
         "corpus": StageReport(

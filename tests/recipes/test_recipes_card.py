@@ -318,8 +318,6 @@ def test_the_command_prints_json(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["name"] == "pocket"
 
 
-def test_the_command_refuses_an_unknown_run_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_refuses_an_unknown_run_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["card", "nothing", "--runs", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -53,13 +53,9 @@ def test_the_highest_value_is_drawn_above_the_lowest() -> None:
     assert y0 > y1
 
 
-@pytest.mark.parametrize(
-    "values", [[], [None, None], [1.0], [2.0, 2.0, 2.0], [0.0, 0.0], [1e-12, 2e-12], [-1e9, 1e9]]
-)
+@pytest.mark.parametrize("values", [[], [None, None], [1.0], [2.0, 2.0, 2.0], [0.0, 0.0], [1e-12, 2e-12], [-1e9, 1e9]])
 def test_every_series_makes_a_chart_without_nan(values: list[float | None]) -> None:
-    curve = Curve(
-        BAD, BAD, BAD, (Series.of(BAD, list(range(len(values))), values),), (Reference(BAD, 1.0),), zoom=True
-    )
+    curve = Curve(BAD, BAD, BAD, (Series.of(BAD, list(range(len(values))), values),), (Reference(BAD, 1.0),), zoom=True)
     drawn = line_chart(curve)
     ElementTree.fromstring(drawn)
     assert "nan" not in drawn
@@ -140,9 +136,7 @@ def test_the_ring_is_a_complete_svg_that_fetches_nothing(theme: str, labelled: b
     drawn = ring_svg(Centre(BAD, (BAD, "二号模型")), stops, theme=theme, labelled=labelled)  # type: ignore[arg-type]
     root = ElementTree.fromstring(drawn)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    links = [
-        value for element in root.iter() for name, value in element.attrib.items() if name.endswith("href")
-    ]
+    links = [value for element in root.iter() for name, value in element.attrib.items() if name.endswith("href")]
     assert links == []
     assert drawn.count('class="r-empty"') == 2
 

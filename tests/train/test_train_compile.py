@@ -67,9 +67,7 @@ def test_the_obstacle_names_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_compiler_is_looked_for_by_cxx_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        compiling.shutil, "which", lambda name: f"/bin/{name}" if name in ("mine", "c++") else None
-    )
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: f"/bin/{name}" if name in ("mine", "c++") else None)
     monkeypatch.setenv("CXX", "mine")
     assert compiling.cpp_compiler() == "/bin/mine"
     monkeypatch.delenv("CXX")

@@ -115,9 +115,7 @@ def test_an_objective_whose_counts_disagree_with_its_batch_is_a_bug_and_said() -
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_c49_nan_halts_with_the_batch_on_disk_and_the_weights_untouched(
-    poison: float, tmp_path: Path
-) -> None:
+def test_c49_nan_halts_with_the_batch_on_disk_and_the_weights_untouched(poison: float, tmp_path: Path) -> None:
     model = ToyModel()
     optimizers = OptimizerSet(model, plain_config())
     train_step(model, optimizers, [(ToyObjective(), toy_batch([1.0], [1.0]))])
@@ -164,18 +162,14 @@ def test_an_infinite_loss_with_a_finite_gradient_halts_too() -> None:
 def test_a_frozen_model_can_be_stepped_and_stays() -> None:
     model = ToyModel()
     model.w.requires_grad_(False)
-    metrics = train_step(
-        model, OptimizerSet(model, plain_config()), [(ToyObjective(), toy_batch([1.0], [1.0]))]
-    )
+    metrics = train_step(model, OptimizerSet(model, plain_config()), [(ToyObjective(), toy_batch([1.0], [1.0]))])
     assert metrics["grad_norm"] == 0.0
 
 
 def test_training_learns() -> None:
     state = pocket_state(40)
     records: list[Any] = []
-    fit(
-        state, lambda _: text_batches(0), 40, [(1, lambda _, metrics: records.append(metrics))], clip_norm=1.0
-    )
+    fit(state, lambda _: text_batches(0), 40, [(1, lambda _, metrics: records.append(metrics))], clip_norm=1.0)
     assert losses_of(records)[0] == pytest.approx(math.log(40), rel=1e-4)
     assert sum(losses_of(records)[-5:]) / 5 < 2.3  # narrow and gently trained: it has begun to learn by heart
 

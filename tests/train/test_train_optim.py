@@ -40,9 +40,7 @@ def newton_schulz(x: torch.Tensor, num_iterations: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 11), (8, 12), (8, 32), (32, 8), (12, 8), (1, 5)])
 @pytest.mark.parametrize("num_iterations", [0, 1, 3, 5])
-def test_orthogonalised_is_newton_schulz_whatever_the_shape(
-    shape: tuple[int, int], num_iterations: int
-) -> None:
+def test_orthogonalised_is_newton_schulz_whatever_the_shape(shape: tuple[int, int], num_iterations: int) -> None:
     batch = drawn(3, *shape)
     for fast, slow in zip(orthogonalised(batch, JORDAN, num_iterations), batch, strict=True):
         torch.testing.assert_close(fast.double(), newton_schulz(slow, num_iterations), rtol=1e-4, atol=1e-4)
