@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Threads that spin while they wait make a busy machine ten times slower; read by libgomp when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Threads that spin long while they wait make a busy machine ten times slower; libgomp reads this with torch.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with contextlib.suppress(AttributeError):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:

@@ -6,19 +6,21 @@ import argparse
 import json
 import webbrowser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fledge.config import to_json
+from fledge.files import write_text
 from fledge.recipes import card_format as say
-from fledge.recipes.card import Card, read_card
+from fledge.recipes.card import Card, read_card, ring_picture
 from fledge.recipes.card_page import write_card
 from fledge.recipes.report import Claim
 from fledge.recipes.runs import find_run
 
+THEMES: tuple[Literal["light"], Literal["dark"]] = ("light", "dark")
 _SIGNS = {"<": "<", "<=": "≤", ">": ">", ">=": "≥"}
 
 
@@ -27,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("name", metavar="RUN", help="a run in the runs folder, or its path")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs live (default: runs)")
     parser.add_argument("--json", action="store_true", help="print the card as JSON instead of a summary")
+    parser.add_argument("--picture", type=Path, metavar="DIR", help="write ring-light.svg and ring-dark.svg there")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.set_defaults(run=run)
 
@@ -40,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(to_json(card), ensure_ascii=False, allow_nan=False))
     else:
         print_summary(card, page, Console())
+    if args.picture is not None:
+        for theme in THEMES:
+            write_text(args.picture / f"ring-{theme}.svg", ring_picture(card, theme=theme))
     if args.open:
         webbrowser.open(page.resolve().as_uri())
     return 0

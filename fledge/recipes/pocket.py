@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fledge.config import to_json
+from fledge.data.filters import FilterConfig
 from fledge.models.pocket import PocketConfig
 from fledge.recipes.plan import (
     CodePlan,
@@ -42,14 +43,21 @@ def pocket(depth: int | None = None) -> RingPlan:
         seed=0,
         family="pocket",
         model=model_config(depth),
-        corpus=CorpusPlan(prose=("wikipedia", "recipes"), code=("stdlib",), chats=("chitchat",)),
+        corpus=CorpusPlan(
+            prose=("wikipedia", "recipes"),
+            code=("stdlib",),
+            chats=("chitchat",),
+            # Two passes over the prose fit into the time; more of it would be read less than twice.
+            limits={"recipes": 1_600_000, "stdlib": 3_000_000},
+            filters=FilterConfig(validation_cap=150_000),
+        ),
         tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE),
         pretrain=PretrainPlan(
             FitPlan(scale.tokens // tokens_a_step, scale.rows, scale.row_length, OptimConfig.by_role(scale.lr))
         ),
-        code=CodePlan(continued(depth, share=0.15, rate=0.3)),
-        sft=SFTPlan(continued(depth, share=0.15, rate=0.2)),
-        rankings=RankingPlan(prompts=384),
+        code=CodePlan(continued(depth, share=0.1, rate=0.3)),
+        sft=SFTPlan(continued(depth, share=0.13, rate=0.5)),
+        rankings=RankingPlan(prompts=320),
         reward=RewardPlan(prompts_per_step=16, optim=OptimConfig.adamw(1e-3, eps=1e-5)),
         ppo=ppo,
         evaluation=EvaluationPlan(),
@@ -102,16 +110,16 @@ def continued(depth: int, *, share: float, rate: float) -> FitPlan:
 
 def pocket_ppo() -> PPOConfig:
     """20 rounds of 64 episodes; beta and the mix are InstructGPT's in kind, scaled to a model of this size."""
-    policy = OptimConfig.adamw(3e-4, decay=0.0, eps=1e-5)
-    value = OptimConfig.adamw(5e-4, decay=0.0, eps=1e-5)
+    policy = OptimConfig.adamw(5e-4, decay=0.0, eps=1e-5)
+    value = OptimConfig.adamw(1e-3, decay=0.0, eps=1e-5)
     return PPOConfig(
         rounds=20,
         episodes=64,
         minibatch=16,
-        epochs=2,
+        epochs=1,
         forward_rows=16,
-        prompt_length=64,
-        response_length=48,
+        prompt_length=56,
+        response_length=40,
         kl=KLConfig(beta=0.05, target=8.0, horizon=1000),
         policy_optim=policy,
         value_optim=value,

@@ -110,6 +110,8 @@ def raise_model(order: Order, listener: Listener) -> Path:
     """
     plan = plan_of(order)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    # Part of that mode is filling fresh memory, to unmask code that reads it; a tenth of the time, and no help here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     raise_malloc_thresholds()
     path, notice = open_run(order.name or plan.recipe, _frozen(plan), order.runs)
     if notice:

@@ -254,7 +254,8 @@ class PPO:
         )
         # Nothing has been learned before a round's first step: sampler, trainer and mask agree, or this is a bug.
         tolerance = RATIO_TOLERANCE[self.device.type]
-        if index == 0 and not metrics["ratio_gap"] <= tolerance:
+        # A mean of the parts' largest gaps times their number is at least the largest of all.
+        if index == 0 and not metrics["ratio_gap"] * len(parts) <= tolerance:
             self._halt(f"ratio {metrics['ratio_gap']:.2e} away from 1 before any step", minibatch)
         value_metrics = train_step(
             self.actors.value,

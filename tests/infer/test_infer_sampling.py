@@ -122,7 +122,7 @@ def test_temperature_zero_takes_the_best_with_probability_one() -> None:
     assert logprobs_B.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 5e-324])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 2e-38, 1e-38, 5e-324])
 def test_a_temperature_near_zero_is_greedy_without_overflow(temperature: float) -> None:
     logits_BV = torch.tensor([[300.0, 299.0, -300.0]])
     tokens_B, logprobs_B = sample(logits_BV, SamplingParams(temperature=temperature), torch.tensor([0.999]).double())
@@ -150,14 +150,14 @@ def test_draws_follow_the_distribution() -> None:
     assert torch.allclose(shares, PROBS[0], atol=4 * 0.5 / math.sqrt(count))  # four standard deviations at the worst p
 
 
-def test_a_long_tail_of_tiny_probabilities_keeps_its_mass() -> None:
-    # 50,000 tokens share one percent; float32 sums near one could not tell them apart.
-    logits_V = torch.full((50_001,), math.log(0.01 / 50_000))
-    logits_V[0] = math.log(0.99)
-    uniform_B = torch.linspace(0.9801, 0.9999, 100, dtype=torch.float64)
+def test_tokens_far_below_the_step_of_float32_are_told_apart() -> None:
+    # 50,000 tokens of 1e-9 each; the numbers that draw are ten tokens apart, a sixth of float32's step near one.
+    logits_V = torch.full((50_001,), math.log(1e-9))
+    logits_V[0] = math.log(1 - 5e-5)
+    uniform_B = 1 - 4e-5 + 1e-8 * torch.arange(100, dtype=torch.float64)
     tokens_B, _ = sample(logits_V.expand(100, -1), SamplingParams(), uniform_B)
-    assert int((tokens_B > 0).sum()) == 50
-    assert tokens_B.unique().numel() == 51
+    assert tokens_B.unique().numel() == 100
+    assert tokens_B.tolist() == sorted(tokens_B.tolist())
 
 
 def test_nan_logits_give_a_nan_log_probability() -> None:
@@ -170,7 +170,7 @@ def test_nan_logits_give_a_nan_log_probability() -> None:
         assert math.isnan(logprobs_B.item())
 
 
-@given(logits=logits_rows, params=any_params, uniform=st.floats(0, 1, exclude_max=True), ban=st.booleans())
+@given(logits=logits_rows, params=any_params, uniform=st.floats(1e-12, 1, exclude_max=True), ban=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_sampling_agrees_with_the_slow_twin(
     logits: list[list[float]], params: SamplingParams, uniform: float, ban: bool
