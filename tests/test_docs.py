@@ -37,7 +37,6 @@ from fledge.recipes.raise_ import RECIPES, RING
 from fledge.recipes.runs import Cost
 from fledge.registry import FAMILIES
 from fledge.rl.actors import Actors
-from fledge.rl.judge import ranking_report
 from fledge.rl.ppo import PPO, PPOConfig, PretrainMix, World
 from fledge.rl.rollout import RewardModelScorer, naive_sampler
 from fledge.text.report import Fit, fit_metrics
@@ -465,11 +464,6 @@ def reward_eval() -> set[str]:
     return set(reward_accuracy.evaluate(lambda given: [[2.0, 1.0, 0.0] for _ in given], rankings, seed=0))
 
 
-def judge_report() -> set[str]:
-    ids = RankedIds((2,), ((3,), (4,), (5, 6)), (1, 2, 3))
-    return set(ranking_report([ids], [[2.0, 1.0, 0.0]], [["human", "sft", "base"]]))
-
-
 def tokenizer_report() -> set[str]:
     return set(fit_metrics([Fit("wikipedia", 10, {"this": 4})]))
 
@@ -510,7 +504,7 @@ def cost_fields() -> set[str]:
 
 MAKERS: tuple[Callable[[], set[str]], ...] = (
     *(language_step, ranking_step, ppo_round, written_in_recipes),
-    *(language_eval, choice_eval, answer_eval, win_eval, reward_eval, judge_report, tokenizer_report, cost_fields),
+    *(language_eval, choice_eval, answer_eval, win_eval, reward_eval, tokenizer_report, cost_fields),
 )
 
 

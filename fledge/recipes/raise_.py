@@ -30,7 +30,7 @@ from fledge.recipes.stage_reward import gold_stage, rankings_stage, reward_stage
 from fledge.recipes.stage_text import code_stage, pretrain_stage, sft_stage
 from fledge.train.compile import resolve
 from fledge.train.device import default_device, raise_malloc_thresholds
-from fledge.train.metrics import TensorBoard, measured_peak
+from fledge.train.metrics import TensorBoard
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def raise_model(order: Order, listener: Listener) -> Path:
         board: Board = TensorBoard(path / "tensorboard") if order.tensorboard else NoBoard()
         device = default_device()
         compiles = _compiles(plan, path, device)
-        run = RingRun(plan, path, listener, interrupts, board, device, compiles, measured_peak(device))
+        run = RingRun(plan, path, listener, interrupts, board, device, compiles)
         try:
             run_stages(run, ring_of(plan))
         except Interrupted as stop:

@@ -26,6 +26,7 @@ from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.report import StageReport, write_report
 from fledge.recipes.runs import Cost, Manifest, hash_outputs, read_manifest, verify_outputs, write_manifest
 from fledge.train.device import peak_memory_bytes, reset_peak_memory
+from fledge.train.metrics import measured_peak
 from fledge.types import Metrics
 
 PlanT = TypeVar("PlanT")
@@ -112,7 +113,6 @@ class RingRun(Generic[PlanT]):
     board: Board
     device: torch.device
     compiled: bool
-    peak_flops: float  # a second, measured when the run was opened (train/metrics.py)
 
 
 def run_stages(run: RingRun[PlanT], stages: Sequence[Stage[PlanT]]) -> None:
@@ -166,7 +166,7 @@ def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str])
     outputs = hash_outputs(path)
     cost = replace(context.total_cost(), peak_rss_bytes=max(earlier.peak_rss_bytes, peak_memory_bytes()))
     if cost.flops and cost.busy_seconds:
-        cost = replace(cost, mfu=cost.flops / cost.busy_seconds / run.peak_flops)
+        cost = replace(cost, mfu=cost.flops / cost.busy_seconds / measured_peak(run.device))
     manifest = Manifest(stage.name, inputs, outputs, cost, versions())
     write_manifest(path, manifest)
     run.listener.stage(stage.name, "finished", f"{cost.seconds:.0f} s")

@@ -39,9 +39,9 @@ class Cost:
     seconds: float = 0.0
     tokens: int = 0
     flops: float = 0.0
-    busy_seconds: float = 0.0
     mfu: float | None = None
     peak_rss_bytes: int = 0
+    busy_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
