@@ -180,7 +180,7 @@ def compare(size_name: str, names: tuple[str, ...], turns: int, steps: int) -> d
         # Every other turn backwards, so that none always follows the same neighbour.
         for name in names if turn % 2 == 0 else reversed(names):
             seconds[name].append(workers[name].run(steps)["seconds"])
-        peak = max(peak, measured_peak(default_device(), repeats=2))
+        peak = max(peak, measured_peak.__wrapped__(default_device()))
     for worker in workers.values():
         worker.close()
     model = Llama(size.config)

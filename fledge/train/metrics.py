@@ -56,17 +56,17 @@ PEAK_TRIALS = ((1024, 6), (2048, 3), (4096, 1))
 
 
 @functools.cache
-def measured_peak(device: torch.device) -> float:
+def measured_peak(device: torch.device, trials: tuple[tuple[int, int], ...] = PEAK_TRIALS) -> float:
     """FLOP/s: the best of square matrix products of 1024, 2048 and 4096 in the precision that training uses.
 
     Measured once a process, in about a second.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     best = 0.0
-    for size, trials in PEAK_TRIALS:
+    for size, repeats in trials:
         left = torch.ones(size, size, device=device, dtype=dtype)
         right, out = torch.ones_like(left), torch.empty_like(left)
-        for _ in range(trials):
+        for _ in range(repeats):
             _synchronise(device)
             began = time.perf_counter()
             torch.mm(left, right, out=out)

@@ -91,7 +91,7 @@ def test_a_tied_head_counts_as_a_product_too() -> None:
 
 
 def test_the_measured_peak_is_a_rate() -> None:
-    assert 1e8 < measured_peak(torch.device("cpu"), repeats=1, sizes=(64, 128)) < 1e14
+    assert 1e8 < measured_peak(torch.device("cpu"), ((64, 2), (128, 1))) < 1e14
 
 
 def test_tensorboard_files_hold_what_was_written(tmp_path: Path) -> None:
