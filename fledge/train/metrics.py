@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,6 @@ MFU_FORMULA = (
     "MFU = FLOPs per trained token x tokens per second / peak; peak = best of square products of "
     "1024, 2048 and 4096, measured in this process in the precision of training"
 )
-
-PEAK_SIZES = (1024, 2048, 4096)
 
 
 class Shaped(Protocol):

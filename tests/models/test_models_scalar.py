@@ -83,6 +83,17 @@ def test_c17_normalised_scores_have_mean_zero_and_spread_one_and_the_scale_is_st
     assert torch.equal(score(restored, tokens), score(model, tokens))
 
 
+def test_c17_each_normalisation_acts_on_what_the_model_says_at_that_moment():
+    model = llama_scalar()
+    tokens = torch.randint(0, 20, (4, 9), generator=seeded())
+    raw = score(model, tokens)
+    model.normalise(3.0, 2.0)
+    once = score(model, tokens)
+    model.normalise(1.0, 0.5)
+    assert torch.allclose(once, (raw - 3) / 2, atol=1e-6)
+    assert torch.allclose(score(model, tokens), (once - 1) / 0.5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])
 def test_normalisation_that_would_destroy_the_scores_is_refused(mean, std):
     with pytest.raises(ValueError, match="positive std"):
@@ -91,7 +102,11 @@ def test_normalisation_that_would_destroy_the_scores_is_refused(mean, std):
 
 @pytest.mark.parametrize("family", ["llama", "pocket"])
 def test_c19_score_is_the_same_whatever_side_the_padding_stands_on(family):
-    model = llama_scalar() if family == "llama" else ScalarModel.from_trunk("pocket", pocket(), generator=seeded())
+    model = (
+        llama_scalar()
+        if family == "llama"
+        else ScalarModel.from_trunk("pocket", pocket(), generator=seeded())
+    )
     ids = torch.randint(2, 20, (1, 6), generator=seeded())
     pad, ones = torch.full((1, 3), 1), torch.ones(1, 6, dtype=torch.int64)
     alone = score(model, ids)

@@ -214,6 +214,16 @@ def test_c21_c22_c25_sampler_and_trainer_agree_in_every_round():
         assert ppo.round().metrics["sampler_gap"] < 1e-4
 
 
+def test_c31_advantages_are_whitened_over_all_episodes_of_a_round():
+    rollout = toy.ppo(SMALL).round().rollout
+    advantages = rollout.advantages_BT[rollout.action_mask_BT > 0]
+    assert advantages.mean().item() == pytest.approx(0, abs=1e-5)
+    assert advantages.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert (rollout.advantages_BT[rollout.action_mask_BT == 0] == 0).all()
+    plain = toy.ppo(replace(SMALL, whiten_advantages=False)).round().rollout
+    assert torch.allclose(plain.advantages_BT + plain.old_values_BT, plain.returns_BT, atol=1e-6)
+
+
 def test_c33_raw_scores_are_reported_beside_what_is_paid():
     reward = RewardConfig(missing_end_score=None, clip=0.1)
     result = toy.ppo(replace(SMALL, reward=reward)).round()
