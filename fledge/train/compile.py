@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# torch gives up after 8 shapes of one function; a worker that runs job after job meets more.
+SHAPES_PER_PROCESS = 256
 # Measured on two cores with the pocket model: what eager training costs (docs/log.md).
 EAGER_COST = "training takes about 1.5 times as long"
 
@@ -72,6 +74,8 @@ def resolve(wanted: bool | None, recorded: bool | None, device: torch.device) ->
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`function` as one compiled graph per shape, never a dynamic one; a graph break is an error, not a slowdown."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, SHAPES_PER_PROCESS)
     fast = torch.compile(function, dynamic=False, fullgraph=True)
 
     @functools.wraps(function)

@@ -75,6 +75,15 @@ def test_a_compiler_is_looked_for_by_cxx_first(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+def test_one_function_can_be_compiled_for_more_shapes_than_torch_allows_by_default() -> None:
+    if obstacle("cpu") is not None:
+        pytest.skip("no compiler here")
+    double = compiled(lambda x: x * 2)
+    for size in range(2, 13):
+        assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
+
+
+@pytest.mark.slow
 def test_the_compiled_loss_equals_the_eager_one() -> None:
     if obstacle("cpu") is not None:
         pytest.skip("no compiler here")
