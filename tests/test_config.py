@@ -34,7 +34,9 @@ class Outer:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
-@pytest.mark.parametrize("plan", [pocket(), pocket(6), sprout(), fledgling()], ids=["pocket", "deeper", "sprout", "fledgling"])
+@pytest.mark.parametrize(
+    "plan", [pocket(), pocket(6), sprout(), fledgling()], ids=["pocket", "deeper", "sprout", "fledgling"]
+)
 def test_a_plan_comes_back_from_json_as_it_was(plan: RingPlan) -> None:
     assert from_json(RingPlan, to_json(plan)) == plan
     assert config_hash(from_json(RingPlan, to_json(plan))) == config_hash(plan)

@@ -23,9 +23,7 @@ def queries_keys_values(num_positions: int, seed: int) -> tuple[Tensor, Tensor, 
 
 def padded(rows: list[Tensor], width: int) -> Tensor:
     """Left-padded with large rubbish, which must not matter."""
-    return torch.cat(
-        [torch.cat((torch.full((1, width - r.shape[1], *r.shape[2:]), 7.0), r), dim=1) for r in rows]
-    )
+    return torch.cat([torch.cat((torch.full((1, width - r.shape[1], *r.shape[2:]), 7.0), r), dim=1) for r in rows])
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -34,10 +32,7 @@ def test_attention_from_the_cache_equals_attention_over_the_row(feeds: list[int]
     num_new = 9 - feeds[0]
     lengths = [feeds[0], 1, feeds[0] - 2]
     rows = [queries_keys_values(length + num_new, seed) for seed, length in enumerate(lengths)]
-    expected = [
-        RowContext(torch.zeros(1, k.shape[1])).attend(0, q, k, v, window=window, scale=0.3)
-        for q, k, v in rows
-    ]
+    expected = [RowContext(torch.zeros(1, k.shape[1])).attend(0, q, k, v, window=window, scale=0.3) for q, k, v in rows]
     q, k, v = (padded([row[part] for row in rows], 9) for part in range(3))
     context = CacheContext(lengths, capacity=9)
     start = 0

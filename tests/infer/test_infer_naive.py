@@ -70,9 +70,7 @@ def text_of(ids) -> str:
     return " ".join(map(str, ids))
 
 
-def run(
-    how, model: CausalModel, prompts: list[list[int]], params: SamplingParams, **more
-) -> list[Completion]:
+def run(how, model: CausalModel, prompts: list[list[int]], params: SamplingParams, **more) -> list[Completion]:
     return how(model, prompts, params, stop_ids=STOPS, pad_id=PAD, decode=text_of, **more)
 
 
@@ -111,9 +109,7 @@ def test_c5_cached_log_probabilities_equal_one_full_forward(model: CausalModel) 
             logprobs_TV = model.next_logprobs(tokens_1T)[0]
         logprobs_TV[:, PAD] = -math.inf  # banned when drawn, so banned when scored (C22)
         logprobs_TV = logprobs_TV.log_softmax(-1)
-        expected = [
-            float(logprobs_TV[len(prompt) - 1 + step, token]) for step, token in enumerate(completion.ids)
-        ]
+        expected = [float(logprobs_TV[len(prompt) - 1 + step, token]) for step, token in enumerate(completion.ids)]
         assert completion.logprobs == pytest.approx(expected, abs=1e-4)
 
 

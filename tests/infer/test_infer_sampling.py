@@ -38,8 +38,7 @@ def slow_probs(logits: list[float], params: SamplingParams, banned: set[int]) ->
     """The slow twin: one row, one filter after the other, renormalising after each; ties at an edge stay in."""
     best = max(score for token, score in enumerate(logits) if token not in banned)
     weights = [
-        0.0 if token in banned else math.exp((score - best) / params.temperature)
-        for token, score in enumerate(logits)
+        0.0 if token in banned else math.exp((score - best) / params.temperature) for token, score in enumerate(logits)
     ]
 
     def kept(edge: float) -> list[float]:
@@ -118,9 +117,7 @@ def test_ties_at_an_edge_share_their_fate() -> None:
 
 
 def test_temperature_zero_takes_the_best_with_probability_one() -> None:
-    tokens_B, logprobs_B = sample(
-        PROBS.log(), SamplingParams(temperature=0.0, top_p=0.1), torch.tensor([0.9]).double()
-    )
+    tokens_B, logprobs_B = sample(PROBS.log(), SamplingParams(temperature=0.0, top_p=0.1), torch.tensor([0.9]).double())
     assert tokens_B.tolist() == [1]
     assert logprobs_B.tolist() == [0.0]
 
@@ -128,9 +125,7 @@ def test_temperature_zero_takes_the_best_with_probability_one() -> None:
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 2e-38, 1e-38, 5e-324])
 def test_a_temperature_near_zero_is_greedy_without_overflow(temperature: float) -> None:
     logits_BV = torch.tensor([[300.0, 299.0, -300.0]])
-    tokens_B, logprobs_B = sample(
-        logits_BV, SamplingParams(temperature=temperature), torch.tensor([0.999]).double()
-    )
+    tokens_B, logprobs_B = sample(logits_BV, SamplingParams(temperature=temperature), torch.tensor([0.999]).double())
     assert tokens_B.tolist() == [0]
     assert logprobs_B.tolist() == [0.0]
 
@@ -152,9 +147,7 @@ def test_draws_follow_the_distribution() -> None:
     uniform_B = torch.rand(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     tokens_B, _ = sample(PROBS.log().expand(count, -1), SamplingParams(), uniform_B)
     shares = torch.bincount(tokens_B, minlength=5) / count
-    assert torch.allclose(
-        shares, PROBS[0], atol=4 * 0.5 / math.sqrt(count)
-    )  # four standard deviations at the worst p
+    assert torch.allclose(shares, PROBS[0], atol=4 * 0.5 / math.sqrt(count))  # four standard deviations at the worst p
 
 
 def test_tokens_far_below_the_step_of_float32_are_told_apart() -> None:
@@ -173,15 +166,11 @@ def test_nan_logits_give_a_nan_log_probability() -> None:
         SamplingParams(temperature=0.0),
         SamplingParams(top_k=2, top_p=0.5, min_p=0.1),
     ):
-        _, logprobs_B = sample(
-            torch.tensor([[0.0, math.nan, 1.0, 2.0]]), params, torch.tensor([0.3]).double()
-        )
+        _, logprobs_B = sample(torch.tensor([[0.0, math.nan, 1.0, 2.0]]), params, torch.tensor([0.3]).double())
         assert math.isnan(logprobs_B.item())
 
 
-@given(
-    logits=logits_rows, params=any_params, uniform=st.floats(1e-12, 1, exclude_max=True), ban=st.booleans()
-)
+@given(logits=logits_rows, params=any_params, uniform=st.floats(1e-12, 1, exclude_max=True), ban=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_sampling_agrees_with_the_slow_twin(
     logits: list[list[float]], params: SamplingParams, uniform: float, ban: bool
@@ -231,9 +220,7 @@ def test_renaming_the_tokens_renames_the_distribution(
 
 @given(logits=logits_rows, params=any_params)
 @settings(max_examples=50, deadline=None)
-def test_a_row_is_drawn_alike_alone_and_among_others(
-    logits: list[list[float]], params: SamplingParams
-) -> None:
+def test_a_row_is_drawn_alike_alone_and_among_others(logits: list[list[float]], params: SamplingParams) -> None:
     logits_BV = torch.tensor(logits)
     uniform_B = torch.rand(len(logits), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     tokens_B, logprobs_B = sample(logits_BV, params, uniform_B)
@@ -246,9 +233,7 @@ def test_a_row_is_drawn_alike_alone_and_among_others(
 def test_logits_are_left_as_they_were() -> None:
     logits_BV = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     before = logits_BV.clone()
-    sample(
-        logits_BV, SamplingParams(top_k=3, top_p=0.5, min_p=0.2, temperature=0.5), torch.rand(2).double(), [1]
-    )
+    sample(logits_BV, SamplingParams(top_k=3, top_p=0.5, min_p=0.2, temperature=0.5), torch.rand(2).double(), [1])
     assert torch.equal(logits_BV, before)
 
 

@@ -102,11 +102,7 @@ def test_normalisation_that_would_destroy_the_scores_is_refused(mean, std):
 
 @pytest.mark.parametrize("family", ["llama", "pocket"])
 def test_c19_score_is_the_same_whatever_side_the_padding_stands_on(family):
-    model = (
-        llama_scalar()
-        if family == "llama"
-        else ScalarModel.from_trunk("pocket", pocket(), generator=seeded())
-    )
+    model = llama_scalar() if family == "llama" else ScalarModel.from_trunk("pocket", pocket(), generator=seeded())
     ids = torch.randint(2, 20, (1, 6), generator=seeded())
     pad, ones = torch.full((1, 3), 1), torch.ones(1, 6, dtype=torch.int64)
     alone = score(model, ids)

@@ -83,9 +83,7 @@ def length(episodes: Episodes) -> Tensor:
 
 
 def pretrain_mix() -> PretrainMix:
-    return PretrainMix(
-        OBJECTIVE, lambda step, rows: counting(torch.Generator().manual_seed(1000 + step), rows)
-    )
+    return PretrainMix(OBJECTIVE, lambda step, rows: counting(torch.Generator().manual_seed(1000 + step), rows))
 
 
 def world(scorer=share_of_a, **changes) -> World:

@@ -53,9 +53,7 @@ def test_frozen_tables_are_held_once_by_all_four_networks():
     policy = pocket()
     reward = reward_model_of(policy)
     actors = Actors.start(policy, reward)
-    tables = {
-        id(model.tables[0].weight) for model in (policy, actors.reference, actors.value.trunk, reward.trunk)
-    }
+    tables = {id(model.tables[0].weight) for model in (policy, actors.reference, actors.value.trunk, reward.trunk)}
     assert len(tables) == 1
     assert not policy.tables[0].weight.requires_grad
 

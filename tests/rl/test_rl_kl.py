@@ -55,9 +55,7 @@ def test_fixed_beta_never_moves():
     assert next_beta(0.02, KLConfig(), kl=100.0, num_episodes=512) == 0.02
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"beta": -0.1}, {"target": 0.0}, {"horizon": 0}, {"beta": 0.0, "target": 6.0}]
-)
+@pytest.mark.parametrize("wrong", [{"beta": -0.1}, {"target": 0.0}, {"horizon": 0}, {"beta": 0.0, "target": 6.0}])
 def test_contradictory_options_are_refused(wrong):
     with pytest.raises(ValueError):
         KLConfig(**wrong)

@@ -173,8 +173,6 @@ def test_compiled_regions_give_the_same_losses_and_gradients():
             model.zero_grad()
             (term,) = objective.loss(model, rollout).terms.values()
             term.sum.backward()
-            results.append(
-                [term.sum.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-            )
+            results.append([term.sum.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         for plain, fast in zip(*results, strict=True):
             assert torch.allclose(plain, fast, atol=1e-3, rtol=1e-3)

@@ -108,9 +108,7 @@ def test_c37_without_learning_rate_ratio_stays_one_kl_stays_zero_and_no_weight_m
 
 
 def test_c38_dropout_sleeps_even_if_someone_calls_train_on_the_networks():
-    config = GPTConfig(
-        toy.VOCAB, 32, 2, 2, 64, embedding_dropout=0.3, residual_dropout=0.3, attention_dropout=0.3
-    )
+    config = GPTConfig(toy.VOCAB, 32, 2, 2, 64, embedding_dropout=0.3, residual_dropout=0.3, attention_dropout=0.3)
     policy = GPT(config)
     policy.init_weights(torch.Generator().manual_seed(0))
     judge = ScalarModel.from_trunk("gpt", policy, generator=torch.Generator().manual_seed(1))
@@ -176,9 +174,7 @@ def test_c47_pretraining_rows_join_the_same_step_in_the_stated_ratio_and_weight(
         rows = [batch for objective, batch in pairs if isinstance(objective, Weighted)]
         assert [len(batch.tokens_BT) for batch in episodes] == [5, 3]
         assert [len(batch.tokens_BT) for batch in rows] == [5, 5, 2]
-    assert metrics["loss"] == pytest.approx(
-        metrics["loss/policy"] + 0.7 * metrics["loss/next_token"], abs=1e-5
-    )
+    assert metrics["loss"] == pytest.approx(metrics["loss/policy"] + 0.7 * metrics["loss/next_token"], abs=1e-5)
     assert 0.5 < metrics["loss/next_token"] < 1.5, "a mean over tokens, of a model that was pretrained"
 
 
@@ -207,9 +203,7 @@ def test_c21_c22_c25_sampler_and_trainer_agree_in_every_round():
     ppo = toy.ppo(replace(SMALL, temperature=0.8))
     with torch.no_grad():
         for model in (ppo.actors.policy, ppo.actors.reference):
-            model.head.weight[toy.PAD] = model.head.weight[
-                toy.LETTER_A
-            ]  # padding, which is banned, becomes likely
+            model.head.weight[toy.PAD] = model.head.weight[toy.LETTER_A]  # padding, which is banned, becomes likely
     for _ in range(3):
         assert ppo.round().metrics["sampler_gap"] < 1e-4
 
@@ -264,9 +258,7 @@ def test_c50_run_that_is_resumed_equals_the_uninterrupted_one_to_the_bit(tmp_pat
     whole = toy.ppo(BUSY, world)
     told = [whole.round().metrics for _ in range(4)]
     broken_off = run(BUSY, 2, world)
-    save_file(
-        {name: t.contiguous() for name, t in broken_off.tensors().items()}, tmp_path / "state.safetensors"
-    )
+    save_file({name: t.contiguous() for name, t in broken_off.tensors().items()}, tmp_path / "state.safetensors")
     scalars = json.loads(json.dumps(broken_off.scalars()))
     del broken_off
     resumed = toy.ppo(BUSY, world)
@@ -337,9 +329,7 @@ def test_pretraining_weight_without_pretraining_rows_is_refused():
 
 def test_config_survives_json_and_takes_overrides():
     assert from_json(PPOConfig, json.loads(json.dumps(to_json(BUSY)))) == BUSY
-    changed = override(
-        BUSY, ["kl.target=null", "reward.clip=1.5", "policy_optim.matrix.lr=0.5", "dual_clip=3"]
-    )
+    changed = override(BUSY, ["kl.target=null", "reward.clip=1.5", "policy_optim.matrix.lr=0.5", "dual_clip=3"])
     assert (changed.kl.target, changed.reward.clip, changed.policy_optim.matrix.lr) == (None, 1.5, 0.5)
 
 

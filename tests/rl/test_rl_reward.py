@@ -7,9 +7,7 @@ import torch
 
 from fledge.rl.reward import Moments, RewardConfig, last_action, shape_scores, token_rewards
 
-MASK = torch.tensor(
-    [[0.0, 1.0, 1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
-)
+MASK = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
 SCORES, ENDED = torch.tensor([2.0, -3.0, 0.5]), torch.tensor([True, False, True])
 KEEP = RewardConfig(missing_end_score=None)
 
@@ -42,9 +40,7 @@ def test_c27_a_token_the_policy_likes_more_than_the_reference_is_punished():
 
 
 def test_c32_there_is_no_reward_outside_the_actions():
-    rewards = token_rewards(
-        torch.full((3, 6), float("inf")).masked_fill(MASK > 0, 0.5), SCORES, MASK, beta=0.3
-    )
+    rewards = token_rewards(torch.full((3, 6), float("inf")).masked_fill(MASK > 0, 0.5), SCORES, MASK, beta=0.3)
     assert (rewards[MASK == 0] == 0).all()
 
 

@@ -26,9 +26,7 @@ from fledge.rl.rollout import (
 from fledge.types import Completion, SamplingParams
 
 END, PAD, STOP = 0, 1, 5
-SHAPE = EpisodeShape(
-    prompt_length=4, response_length=5, pad_id=PAD, stop_ids=frozenset({END, STOP}), end_id=END
-)
+SHAPE = EpisodeShape(prompt_length=4, response_length=5, pad_id=PAD, stop_ids=frozenset({END, STOP}), end_id=END)
 SPACE = ActionSpace(toy.RESPONSE, banned_ids=(toy.PAD,))
 
 
