@@ -100,7 +100,7 @@ def _construct(cls: type[ConfigT], values: dict[str, Any], path: str) -> ConfigT
 def _parse(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
-    except ValueError:
+    except json.JSONDecodeError:
         return text
 
 

@@ -87,7 +87,7 @@ def read_info(directory: Path) -> tuple[CheckpointInfo, dict[str, str]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version, files = data.pop("format"), data.pop("files")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); remove {directory} and make it again") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: format {version}, this fledge reads {FORMAT}; use the fledge that wrote it")
