@@ -44,7 +44,7 @@ class Recipe:
 
 RECIPES = (
     Recipe("sprout", "the whole ring in a minute, to see that everything works; learns next to nothing", sprout),
-    Recipe("pocket", "the whole ring on two CPU cores in about ten minutes", pocket),
+    Recipe("pocket", "the whole ring on two CPU cores in minutes", pocket),
     Recipe("fledgling", "the same ring with more of everything: an evening on two cores, minutes on a GPU", fledgling),
 )
 

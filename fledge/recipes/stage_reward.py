@@ -155,7 +155,7 @@ def _ranking_model(context: Context, name: str, seed: int) -> None:
     accuracy = measure_accuracy(context, model, sft)
     context.report = replace(
         context.report,
-        headline=Fact("held-out pairs right", accuracy["accuracy"], "%"),
+        headline=Fact("pairs right", accuracy["accuracy"], "%"),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         facts=(Fact("rankings", len(examples)), Fact("epochs", plan.epochs)),
         tables=(_accuracy_table(accuracy),),
