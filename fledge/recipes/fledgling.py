@@ -17,7 +17,9 @@ def fledgling(depth: int | None = None) -> RingPlan:
     depth = DEPTH if depth is None else depth
     plan = pocket(depth)
     corpus = replace(plan.corpus, prose=("wikipedia", "recipes"), chats=("chitchat", "chatterbot"))
-    ppo = replace(plan.ppo, rounds=100, episodes=128, prompt_length=96, response_length=64, warmup_rounds=5)
+    ppo = replace(
+        plan.ppo, rounds=100, episodes=128, prompt_length=96, response_length=64, warmup_rounds=5, ema_decay=0.98
+    )
     return replace(
         plan,
         recipe="fledgling",
