@@ -20,6 +20,7 @@ WRONG = [
     (["raise", "pocket", "--set", "seed"], "key=value"),
     (["raise", "pocket", "--set", "ppo=1"], "is a group"),
     (["raise", "pocket", "--text", "no/such/folder"], "no/such/folder"),
+    (["raise", "pocket", "--text", "."], "no text in it"),
     (["raise", "pocket", "--frobnicate"], "--frobnicate"),
     (["raise", "pocket", "--name", "../outside"], "cannot name a run"),
     (["chat", "nobody"], "nobody"),

@@ -13,7 +13,7 @@ import torch
 
 import fledge
 from fledge.config import override, to_json
-from fledge.data.folder import content_hash
+from fledge.data.folder import content_hash, contents
 from fledge.errors import ConfigError, DataError, Interrupted
 from fledge.files import write_json
 from fledge.recipes.card_page import write_card
@@ -99,6 +99,8 @@ def plan_of(order: Order) -> RingPlan:
         path = order.text.expanduser().resolve()
         if not path.exists():
             raise DataError(f"--text {order.text}: there is no such folder or file; check the path")
+        if not contents(path):
+            raise DataError(f"--text {order.text}: no text in it; add files such as .txt, .md, .py or .jsonl")
         plan = replace(plan, corpus=replace(plan.corpus, text=str(path), text_hash=content_hash(path)))
     return override(plan, order.overrides)
 
