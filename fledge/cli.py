@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import os
 import signal
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fledge import __version__
-from fledge.errors import Interrupted, TrainingHalted, UserError
+from fledge.errors import Interrupted, TrainingHalted, UserError, nearest
 
 COMMANDS = (
     ("raise", "raise_", "raise a model: the whole ring, or go on where it stopped"),
@@ -77,9 +76,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 def _refuse_unknown(named: str | None) -> None:
     names = [name for name, _, _ in COMMANDS]
     if named is not None and named not in names:
-        near = difflib.get_close_matches(named, names, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
-        raise UserError(f"no command '{named}'; {hint}")
+        raise UserError(f"no command '{named}'; {nearest(named, names)}")
 
 
 def _say(line: str, code: int) -> int:

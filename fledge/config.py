@@ -8,7 +8,6 @@ any work and names the path, the value and the nearest valid name.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import types
@@ -16,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from fledge.errors import ConfigError
+from fledge.errors import ConfigError, nearest
 
 ConfigT = TypeVar("ConfigT")
 
@@ -40,7 +39,7 @@ def from_json(cls: type[ConfigT], data: object, *, path: str = "") -> ConfigT:
     fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
     for key in data:
         if key not in fields:
-            raise ConfigError(f"unknown key '{_join(path, str(key))}'{_nearest(str(key), fields)}")
+            raise ConfigError(f"unknown key '{_join(path, str(key))}'; {nearest(str(key), fields)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in data:
@@ -75,7 +74,7 @@ def _replace(config: Any, keys: list[str], text: str, path: str) -> Any:
         raise ConfigError(f"'{path}' goes deeper than a plain value")
     names = [field.name for field in dataclasses.fields(config)]
     if keys[0] not in names:
-        raise ConfigError(f"unknown key '{path}': no '{keys[0]}' here{_nearest(keys[0], names)}")
+        raise ConfigError(f"unknown key '{path}': no '{keys[0]}' here; {nearest(keys[0], names)}")
     current = getattr(config, keys[0])
     if len(keys) > 1:
         value = _replace(current, keys[1:], text, path)
@@ -166,9 +165,3 @@ def _read_mapping(hint: Any, value: Any, path: str) -> dict[str, Any]:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(names)}"

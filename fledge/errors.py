@@ -12,6 +12,18 @@ RuntimeError
   Interrupted            Ctrl-C or SIGTERM arrived; the state is saved
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For the end of a complaint about an unknown name: the known one it resembles, else all that are known."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(names)}"
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used. `str(error)` is one line: what, where, and the way out."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 from typing import Any
 
 import torch
 
-from fledge.errors import ConfigError
+from fledge.errors import ConfigError, nearest
 from fledge.registry import FAMILIES, load_family
 
 
@@ -27,9 +26,7 @@ def preset(name: str) -> tuple[str, Any]:
     """(family, config) of that name; `ConfigError` with the nearest name if there is none."""
     known = presets()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-        raise ConfigError(f"unknown model '{name}'; {hint}")
+        raise ConfigError(f"unknown model '{name}'; {nearest(name, known)}")
     return known[name]
 
 

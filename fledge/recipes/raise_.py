@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 import fledge
 from fledge.config import override, to_json
 from fledge.data.folder import content_hash, contents
-from fledge.errors import ConfigError, DataError, Interrupted
+from fledge.errors import ConfigError, DataError, Interrupted, nearest
 from fledge.files import write_json
 from fledge.recipes.card_page import write_card
 from fledge.recipes.fledgling import fledgling
@@ -89,9 +88,7 @@ def plan_of(order: Order) -> RingPlan:
     """The plan an order comes to; `ConfigError` or `DataError` before any work if it cannot be carried out."""
     by_name = {recipe.name: recipe for recipe in RECIPES}
     if order.recipe not in by_name:
-        near = difflib.get_close_matches(order.recipe, by_name, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(by_name)}"
-        raise ConfigError(f"no recipe '{order.recipe}'{hint}")
+        raise ConfigError(f"no recipe '{order.recipe}'; {nearest(order.recipe, by_name)}")
     if order.depth is not None and not 1 <= order.depth <= 64:
         raise ConfigError(f"--depth {order.depth}: expected 1 to 64 layers")
     plan = by_name[order.recipe].build(order.depth)

@@ -11,7 +11,6 @@ A stage is finished when its manifest is there and every hash in it still holds.
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import json
 import os
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fledge.errors import RunError
+from fledge.errors import RunError, nearest
 from fledge.files import sha256_file, write_json
 
 SERVED_STAGES = ("ppo", "sft", "code", "pretrain")  # the order in which RUN alone picks its model
@@ -72,9 +71,7 @@ def find_run(name: str, runs: Path = Path("runs")) -> Path:
     known = sorted(entry.parent.name for entry in runs.glob("*/plan.json"))
     if not known:
         raise RunError(f"no run '{name}': {runs} holds none yet; raise one with `fledge raise pocket`")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-    raise RunError(f"no run '{name}' in {runs}; {hint}")
+    raise RunError(f"no run '{name}' in {runs}; {nearest(name, known)}")
 
 
 def resolve_model(spec: str, runs: Path = Path("runs")) -> Path:
