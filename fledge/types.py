@@ -6,6 +6,7 @@ flow"). Values that hold tensors live in batches.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -132,8 +133,13 @@ class Ranking:
 class SamplingParams:
     """How to draw tokens. `temperature` 0 is greedy; None switches a filter off.
 
-    Filters apply after temperature in the order top-k, top-p, min-p, each on the renormalised distribution that the
-    one before left.
+    In this order: `allowed_ids` (all others are out) and `logit_bias` (added to the logit of an id); the penalties;
+    the temperature; then top-k, top-p and min-p, each on the renormalised distribution that the one before left.
+
+    `repetition_penalty` divides positive logits and multiplies negative ones of every token seen in prompt or answer
+    (Keskar et al. 2019, CTRL, section 4.1); `presence_penalty` is subtracted once from the logit of every token of the
+    answer so far, `frequency_penalty` once for each time it was said (OpenAI's definition). Before `min_tokens` tokens
+    no stop token is drawn.
     """
 
     max_tokens: int = 64
@@ -142,26 +148,51 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
+        finite = all(math.isfinite(x) for x in (self.presence_penalty, self.frequency_penalty))
         checks: Sequence[tuple[bool, str]] = (
             (self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}"),
             (0 <= self.temperature < float("inf"), f"temperature must be 0 or more, got {self.temperature}"),
             (self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
             (self.min_p is None or 0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}"),
+            (finite, f"penalties must be finite, got {self.presence_penalty} and {self.frequency_penalty}"),
+            (
+                0 < self.repetition_penalty < float("inf"),
+                f"repetition_penalty must be positive, got {self.repetition_penalty}",
+            ),
+            (
+                not any(math.isnan(bias) for _, bias in self.logit_bias),
+                f"logit_bias must hold numbers, got {self.logit_bias}",
+            ),
+            (
+                self.allowed_ids is None or len(self.allowed_ids) > 0,
+                "allowed_ids must allow at least one token",
+            ),
+            (
+                0 <= self.min_tokens <= self.max_tokens,
+                f"min_tokens must be from 0 to max_tokens {self.max_tokens}, got {self.min_tokens}",
+            ),
         )
         for holds, complaint in checks:
             if not holds:
                 raise ValueError(complaint)
 
 
-FinishReason = Literal["stop", "length"]
+# "stop": a stop token, a stop string or a finished grammar. "error": the model's prediction was not a number.
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated answer. `ids` includes the stop token if one was drawn; `text` does not.
+    """One generated answer. `ids` includes the stop token if one was drawn; `text` does not, nor a stop string.
 
     `logprobs[i]` is the natural log-probability of `ids[i]` under the distribution it was drawn from.
     """
@@ -170,3 +201,84 @@ class Completion:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like: a JSON schema (as JSON text), any JSON object (`text` unused), a regular
+    expression, or a Lark grammar as `llguidance` reads it."""
+
+    kind: Literal["json_schema", "json_object", "regex", "lark"]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the engine is asked: `n` answers to one prompt, the best of `best_of` by mean log-probability.
+
+    `id` is the caller's and unique among live requests. Tenants share the engine fairly and never each other's cached
+    prefixes. `adapter` names a loaded LoRA adapter. `stop_ids` end an answer and belong to it, `stop` strings end it
+    and do not.
+    `top_logprobs` k asks for the k likeliest alternatives of every token, `prompt_logprobs` k for the prompt's own
+    log-probabilities and k alternatives at each of its positions; 0 asks for the token's own alone. Answer i draws
+    with seed `params.seed + i`.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    tenant: str = ""
+    adapter: str | None = None
+    n: int = 1
+    best_of: int | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        best_of = self.n if self.best_of is None else self.best_of
+        checks: Sequence[tuple[bool, str]] = (
+            (1 <= self.n <= best_of, f"n must be from 1 to best_of, got n {self.n} and best_of {best_of}"),
+            (all(self.stop), "a stop string must hold at least one character"),
+            (
+                min(self.top_logprobs or 0, self.prompt_logprobs or 0) >= 0,
+                "the number of log-probabilities is below 0",
+            ),
+        )
+        for holds, complaint in checks:
+            if not holds:
+                raise ValueError(complaint)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one position under the model's own distribution (before bias, penalties,
+    temperature and filters): the token's, its rank from 1, and the likeliest alternatives, best first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of answer `index` to request `request_id`.
+
+    `text` is what the token completes: perhaps nothing, never half a character, never part of a stop string.
+    `logprob` is that of the distribution it was drawn from; `model` what `top_logprobs` asked for. The last event of
+    an answer says why it is the last; one that carries no token (cancelled, error) has `id` -1. The first event of
+    answer 0 carries the prompt's log-probabilities if asked for (position 0 has none and is left out) and how many of
+    its tokens were found in the cache.
+    """
+
+    id: int
+    logprob: float
+    text: str
+    finish_reason: FinishReason | None
+    request_id: str = ""
+    index: int = 0
+    model: TokenLogprobs | None = None
+    prompt: tuple[TokenLogprobs, ...] = ()
+    num_cached: int = 0

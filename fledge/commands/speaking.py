@@ -16,14 +16,14 @@ import torch
 
 from fledge.errors import RunError, UserError
 from fledge.formats.checkpoint import LoadedModel, load_model
-from fledge.infer.naive import TokenEvent, generate, stream
+from fledge.infer.naive import generate, stream
 from fledge.recipes.measure import read_plan, run_of
 from fledge.recipes.runs import resolve_model
 from fledge.registry import family
 from fledge.text.chat import ChatRenderer, normalise
 from fledge.text.tokenizer import StreamDecoder
 from fledge.train.device import default_device
-from fledge.types import Completion, Conversation, SamplingParams
+from fledge.types import Completion, Conversation, SamplingParams, TokenEvent
 
 MAX_ANSWER_TOKENS = 256  # where nobody asked for a length and the context leaves room
 # A little colder than training's 1: small models wander. Both values are customary for chat.

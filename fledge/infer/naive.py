@@ -22,7 +22,7 @@ from fledge.errors import UserError
 from fledge.infer.cache import CacheContext
 from fledge.infer.sampling import sample, uniforms
 from fledge.layers.attention import Context
-from fledge.types import Completion, FinishReason, SamplingParams
+from fledge.types import Completion, FinishReason, SamplingParams, TokenEvent
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -53,16 +53,6 @@ class Decoder(Protocol):
 
     def push(self, token_id: int) -> str: ...
     def flush(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One token of a stream. `text` is what it completes, perhaps nothing; the last event says why it is the last."""
-
-    id: int
-    logprob: float
-    text: str
-    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True)
