@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, islice
 
 from fledge.errors import ConfigError, UserError
 from fledge.infer.blocks import BlockManager
@@ -69,6 +69,9 @@ class SchedulerStats:
     num_accepted_tokens: int
 
 
+_COUNTED = tuple(field.name for field in fields(SchedulerStats))[5:]
+
+
 @dataclass(eq=False)
 class _Entry:
     """A sequence as the scheduler keeps it. Its first `num_charged` positions are on its tenant's account."""
@@ -96,14 +99,14 @@ class Scheduler:
         self.config = config
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self._entries: dict[int, _Entry] = {}
-        self._running: dict[int, _Entry] = {}  # in order of admission
+        # What runs is either reading (its prompt, or all of it again) or decoding; in order of arrival there.
+        self._reading: dict[int, _Entry] = {}
+        self._decoding: dict[int, _Entry] = {}
         self._waiting: dict[str, OrderedDict[int, _Entry]] = {}  # tenant -> its queue; no queue is empty
         self._num_running: dict[str, int] = {}  # tenant -> how many of its sequences run
         self._ledger = Ledger()
         self._num_arrived = 0
-        self._counts = dict.fromkeys(
-            ("admitted", "prompt", "cached", "output", "preempted", "displaced", "draft", "accepted"), 0
-        )
+        self._counts = dict.fromkeys(_COUNTED, 0)
 
     @property
     def has_work(self) -> bool:
@@ -157,14 +160,16 @@ class Scheduler:
         `num_draft + 1`). They are appended to `live.tokens`, `num_computed` moves on, the draft is emptied, and blocks
         that only refused draft tokens needed are given back.
         """
+        size = self.config.block_size
         for span in plan.spans:
             live = span.live
-            if live.id not in self._running:
+            if live.id not in self._decoding and live.id not in self._reading:
                 continue
             live.num_computed = span.start + span.count - span.num_draft
             if span.draws:
                 self._accept(span, drawn[live.id])
-            self.blocks.publish(live)
+            if live.num_computed // size > span.start // size:
+                self.blocks.publish(live)
 
     def finish(self, live_id: int) -> None:
         """The sequence has ended: its blocks are free (and findable) at once."""
@@ -176,7 +181,7 @@ class Scheduler:
         entry = self._entries.pop(live_id, None)
         if entry is None:
             return False
-        if live_id in self._running:
+        if live_id in self._decoding or live_id in self._reading:
             self._stop(entry)
         else:
             self._unqueue(entry)
@@ -186,26 +191,18 @@ class Scheduler:
 
     def flush(self) -> None:
         """The weights changed: nothing computed is used again. Running sequences go back to their queues."""
-        for entry in sorted(self._running.values(), key=lambda entry: -entry.arrival):
+        for entry in sorted(self._running(), key=lambda entry: -entry.arrival):
             self._requeue(entry)
         self.blocks.flush()
 
     def stats(self) -> SchedulerStats:
-        counts = self._counts
         return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._entries) - len(self._running),
+            num_running=self._count_running(),
+            num_waiting=len(self._entries) - self._count_running(),
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_free,
             num_findable_blocks=self.blocks.num_findable,
-            num_admitted=counts["admitted"],
-            num_prompt_tokens=counts["prompt"],
-            num_cached_tokens=counts["cached"],
-            num_output_tokens=counts["output"],
-            num_preempted=counts["preempted"],
-            num_displaced=counts["displaced"],
-            num_draft_tokens=counts["draft"],
-            num_accepted_tokens=counts["accepted"],
+            **self._counts,
         )
 
     def served(self) -> dict[str, int]:
@@ -217,16 +214,19 @@ class Scheduler:
     def _make_room(self) -> None:
         """See to it that every sequence that decodes has a block for its next token: preempt until it is so."""
         size = self.config.block_size
-        needy = {key for key, entry in self._running.items() if len(entry.live.blocks) * size < len(entry.live.tokens)}
+        needy = {
+            key: entry
+            for key, entry in self._decoding.items()
+            if len(entry.live.blocks) * size < len(entry.live.tokens)
+        }
         while len(needy) > self.blocks.num_free:
             victim = self._most_served(least_running=1)
             assert victim is not None, "sequences need blocks, but none runs"
-            needy.discard(victim.live.id)
+            needy.pop(victim.live.id, None)
             self._requeue(victim)
-            self._counts["preempted"] += 1
-        for key in needy:
-            live = self._running[key].live
-            self.blocks.grow(live, len(live.tokens))
+            self._counts["num_preempted"] += 1
+        for entry in needy.values():
+            self.blocks.grow(entry.live, len(entry.live.tokens))
 
     def _make_place(self) -> None:
         """Let the least-served tenant that waits with nothing running take the place of one that has several."""
@@ -240,44 +240,46 @@ class Scheduler:
             if victim is None or self._ledger[victim.live.tenant] <= self._ledger[tenant]:
                 return
             self._requeue(victim)
-            self._counts["displaced"] += 1
+            self._counts["num_displaced"] += 1
 
     def _plan_decoding(self) -> list[Span]:
-        decoding = [entry for entry in self._running.values() if entry.live.num_computed == len(entry.live.tokens) - 1]
-        spare = self.config.max_step_tokens - len(decoding)
-        if self._waiting or len(decoding) < len(self._running):
+        spare = self.config.max_step_tokens - len(self._decoding)
+        if self._waiting or self._reading:
             spare //= 2  # drafts are bets; they must not keep prompts from being read
         spans = []
-        for entry in decoding:
+        for entry in self._decoding.values():
             live = entry.live
-            num_draft = min(len(live.draft), spare, live.max_tokens - live.num_generated - 1)
-            if num_draft > 0 and not self.blocks.grow(live, len(live.tokens) + num_draft):
-                num_draft = 0
-            num_draft = max(num_draft, 0)
+            num_draft = self._grant_draft(live, spare) if live.draft else 0
             spare -= num_draft
-            if entry.num_charged < live.num_prompt:
-                self._charge(entry, live.num_prompt)
             spans.append(Span(live, live.num_computed, 1 + num_draft, num_draft, True))
         return spans
+
+    def _grant_draft(self, live: Live, spare: int) -> int:
+        """How much of its draft a sequence may run: what the budget, the blocks and its length leave room for."""
+        num_draft = min(len(live.draft), spare, live.max_tokens - live.num_generated - 1)
+        return num_draft if self.blocks.grow(live, len(live.tokens) + num_draft) else 0
 
     def _plan_reading(self, budget: int) -> list[Span]:
         """Chunks of prompts for the least-served tenants, up to `budget` positions."""
         reading: dict[str, list[_Entry]] = {}
-        for entry in reversed(self._running.values()):
-            if entry.live.num_computed < len(entry.live.tokens) - 1:
-                reading.setdefault(entry.live.tenant, []).append(entry)  # the last is popped first
-        spans = []
+        for entry in reversed(self._reading.values()):
+            reading.setdefault(entry.live.tenant, []).append(entry)  # the last is popped first
+        spans: list[Span] = []
         may_admit = True
         turns = [(self._ledger[tenant], tenant) for tenant in {*reading, *self._waiting}]
         heapq.heapify(turns)
         while budget > 0 and turns:
             _, tenant = heapq.heappop(turns)
-            entry = reading[tenant].pop() if reading.get(tenant) else None
-            if entry is None and may_admit and tenant in self._waiting:
-                entry, may_admit = self._admit_from(tenant)
-            if entry is None:
+            own = reading.get(tenant)
+            if own:
+                next_entry: _Entry | None = own.pop()
+            elif may_admit and tenant in self._waiting:
+                next_entry, may_admit = self._admit_from(tenant)
+            else:
+                next_entry = None
+            if next_entry is None:
                 continue
-            span = self._chunk(entry, budget)
+            span = self._chunk(next_entry, budget)
             budget -= span.count
             spans.append(span)
             heapq.heappush(turns, (self._ledger[tenant], tenant))
@@ -306,10 +308,10 @@ class Scheduler:
 
     def _fits(self, entry: _Entry) -> bool:
         """Whether there is a place and blocks, with one more left for each that runs: they grow on."""
-        if len(self._running) >= self.config.max_live:
+        if self._count_running() >= self.config.max_live:
             return False
         needed = self.blocks.num_needed(entry.live, use_cache=not entry.reads_all)
-        return needed + len(self._running) <= self.blocks.num_free
+        return needed + self._count_running() <= self.blocks.num_free
 
     def _most_served(self, least_running: int) -> _Entry | None:
         """The latest arrival that runs for the most-served tenant of those with at least so many running."""
@@ -317,8 +319,14 @@ class Scheduler:
         if not tenants:
             return None
         tenant = max(tenants, key=self._ledger.__getitem__)
-        own = (entry for entry in self._running.values() if entry.live.tenant == tenant)
+        own = (entry for entry in self._running() if entry.live.tenant == tenant)
         return max(own, key=lambda entry: entry.arrival)
+
+    def _running(self) -> Iterator[_Entry]:
+        return chain(self._reading.values(), self._decoding.values())
+
+    def _count_running(self) -> int:
+        return len(self._reading) + len(self._decoding)
 
     # Moving between queue and batch
 
@@ -327,20 +335,20 @@ class Scheduler:
         self._unqueue(entry)
         admitted = self.blocks.admit(live, use_cache=not entry.reads_all)
         assert admitted, "it was seen to fit"
-        self._running[live.id] = entry
+        self._reading[live.id] = entry
         self._num_running[live.tenant] = self._num_running.get(live.tenant, 0) + 1
         if entry.was_admitted:
             return
         entry.was_admitted = True
         live.num_cached = live.num_computed
         entry.num_charged = live.num_computed  # what is found costs nothing
-        self._counts["admitted"] += 1
-        self._counts["prompt"] += live.num_prompt
-        self._counts["cached"] += live.num_cached
+        self._counts["num_admitted"] += 1
+        self._counts["num_prompt_tokens"] += live.num_prompt
+        self._counts["num_cached_tokens"] += live.num_cached
 
     def _stop(self, entry: _Entry) -> None:
         tenant = entry.live.tenant
-        del self._running[entry.live.id]
+        del (self._decoding if entry.live.id in self._decoding else self._reading)[entry.live.id]
         self._num_running[tenant] -= 1
         if not self._num_running[tenant]:
             del self._num_running[tenant]
@@ -370,12 +378,14 @@ class Scheduler:
         live.tokens.extend(tokens)
         live.num_computed += len(tokens) - 1
         live.draft = []
+        if live.id in self._reading:
+            self._decoding[live.id] = self._reading.pop(live.id)
         if span.num_draft:
             self.blocks.trim(live, len(live.tokens))
-            self._counts["draft"] += span.num_draft
-            self._counts["accepted"] += len(tokens) - 1
+            self._counts["num_draft_tokens"] += span.num_draft
+            self._counts["num_accepted_tokens"] += len(tokens) - 1
         self._ledger.wrote(live.tenant, len(tokens))
-        self._counts["output"] += len(tokens)
+        self._counts["num_output_tokens"] += len(tokens)
 
     def _charge(self, entry: _Entry, end: int) -> None:
         """Put the prompt's positions up to `end` on the tenant's account, each once, however often it is computed."""
