@@ -10,42 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fledge.errors import UserError
 from fledge.infer.cache import CacheContext
+from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.sampling import sample, uniforms
-from fledge.layers.attention import Context
+from fledge.infer.shaping import Shaper, check_ids
+from fledge.layers.attention import Context, RowContext
 from fledge.types import Completion, FinishReason, SamplingParams, TokenEvent
 
+__all__ = ["CausalModel", "Decode", "Decoder", "generate", "generate_uncached", "stream"]
+
 Decode = Callable[[Sequence[int]], str]
-
-
-class CausalModel(Protocol):
-    """What generation asks of a model: an `nn.Module` of a causal family (models/)."""
-
-    vocab_size: int
-    config: Any  # has `max_positions: int | None`
-
-    def embed(self, tokens_BT: Tensor, context: Context) -> Tensor: ...
-
-    def hidden(self, x_BTD: Tensor, context: Context) -> Tensor: ...
-
-    def unembed(self, x_BTD: Tensor) -> Tensor: ...
-
-    def next_logprobs(self, tokens_BT: Tensor) -> Tensor: ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def buffers(self) -> Iterator[Tensor]: ...
 
 
 class Decoder(Protocol):
@@ -53,6 +34,15 @@ class Decoder(Protocol):
 
     def push(self, token_id: int) -> str: ...
     def flush(self) -> str: ...
+
+
+@runtime_checkable
+class _Trunk(Protocol):
+    """A family that has logits, and not only log-probabilities: penalties treat the two differently."""
+
+    def embed(self, tokens_BT: Tensor, context: Context) -> Tensor: ...
+    def hidden(self, x_BTD: Tensor, context: Context) -> Tensor: ...
+    def unembed(self, x_BTD: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -83,8 +73,8 @@ def generate(
     empty, holds an id outside the vocabulary, or leaves no room for `max_tokens` more within `config.max_positions`.
     """
     _check(model, prompts, params, pad_id)
-    random_BN = uniforms(len(prompts), params, generator).to(_device(model))
-    with _running(model):
+    random_BN = uniforms(len(prompts), params, generator).to(device_of(model))
+    with evaluating(model):
         return _collect(len(prompts), _decode(model, prompts, params, stop_ids, pad_id, random_BN), decode)
 
 
@@ -100,9 +90,9 @@ def generate_uncached(
 ) -> list[Completion]:
     """The oracle: as `generate`, but every prompt alone and the whole model over the whole text for every token."""
     _check(model, prompts, params, pad_id)
-    random_BN = uniforms(len(prompts), params, generator).to(_device(model))
+    random_BN = uniforms(len(prompts), params, generator).to(device_of(model))
     draws = _decode_uncached(model, prompts, params, stop_ids, pad_id, random_BN)
-    with _running(model):
+    with evaluating(model):
         return _collect(len(prompts), draws, decode)
 
 
@@ -122,14 +112,14 @@ def stream(
     `decoder` serves one stream.
     """
     _check(model, [prompt], params, pad_id)
-    random_BN = uniforms(1, params, generator).to(_device(model))
+    random_BN = uniforms(1, params, generator).to(device_of(model))
     draws = _decode(model, [prompt], params, stop_ids, pad_id, random_BN)
     return _events(model, draws, decoder)
 
 
 def _events(model: CausalModel, draws: Iterator[_Draw], decoder: Decoder) -> Iterator[TokenEvent]:
     while True:
-        with _running(model):  # left between tokens, so the caller finds the model as it was
+        with evaluating(model):  # left between tokens, so the caller finds the model as it was
             draw = next(draws, None)
         if draw is None:
             return
@@ -153,7 +143,7 @@ def _decode(
 ) -> Iterator[_Draw]:
     """The cached loop: every step feeds the last token of each row that still goes on, and draws its next.
 
-    To be run within `_running`.
+    To be run within `evaluating`.
     """
     if not prompts:
         return
@@ -161,14 +151,20 @@ def _decode(
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     context = CacheContext(lengths, width + params.max_tokens - 1, device)
-    tokens_BT = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    tokens_BT = torch.tensor(
+        [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
+    )
     rows = list(range(len(prompts)))  # rows[b]: which prompt stands in row b of the batch
+    shapers = [Shaper(params, prompt, stop_ids, device) for prompt in prompts]
     for step in range(params.max_tokens):
         context.feed(tokens_BT)
         x_BTD = model.hidden(model.embed(tokens_BT, context), context)
         logits_BV = model.unembed(x_BTD[:, -1:])[:, 0]
-        tokens_B, logprobs_B = sample(logits_BV, params, random_BN[:, step], [pad_id])
+        shaped_BV = _shape(logits_BV, [shapers[row] for row in rows])
+        tokens_B, logprobs_B = sample(shaped_BV, params, random_BN[:, step], [pad_id])
         draws = list(_draws(rows, tokens_B, logprobs_B, step, params, stop_ids))
+        for draw in draws:
+            shapers[draw.row].push(draw.id)
         yield from draws
         going = [place for place, draw in enumerate(draws) if draw.finish_reason is None]
         if not going:
@@ -189,17 +185,38 @@ def _decode_uncached(
     pad_id: int,
     random_BN: Tensor,
 ) -> Iterator[_Draw]:
-    """What `_decode` must amount to. To be run within `_running`."""
+    """What `_decode` must amount to. To be run within `evaluating`."""
     for row, prompt in enumerate(prompts):
         tokens_1T = torch.tensor([list(prompt)], device=random_BN.device)
+        shaper = Shaper(params, prompt, stop_ids, random_BN.device)
         for step in range(params.max_tokens):
-            logprobs_1V = model.next_logprobs(tokens_1T)[:, -1]
-            token_1, logprob_1 = sample(logprobs_1V, params, random_BN[row : row + 1, step], [pad_id])
+            shaped_1V = _shape(_last_logits(model, tokens_1T), [shaper])
+            token_1, logprob_1 = sample(shaped_1V, params, random_BN[row : row + 1, step], [pad_id])
             [draw] = _draws([row], token_1, logprob_1, step, params, stop_ids)
+            shaper.push(draw.id)
             yield draw
             if draw.finish_reason is not None:
                 break
             tokens_1T = torch.cat((tokens_1T, token_1[:, None]), dim=1)
+
+
+def _last_logits(model: CausalModel, tokens_BT: Tensor) -> Tensor:
+    """(B, V): what the model says after the last token; of one that counts (n-grams) the log-probabilities."""
+    speaker: object = model
+    if not isinstance(speaker, _Trunk):
+        return model.next_logprobs(tokens_BT)[:, -1]
+    context = RowContext(tokens_BT)
+    return model.unembed(model.hidden(model.embed(tokens_BT, context), context)[:, -1:])[:, 0]
+
+
+def _shape(logits_BV: Tensor, shapers: Sequence[Shaper]) -> Tensor:
+    """float32 logits as every row's shaper leaves them."""
+    if not any(shaper.has_effect for shaper in shapers):
+        return logits_BV
+    scores_BV = logits_BV.float().clone()
+    for scores_V, shaper in zip(scores_BV, shapers, strict=True):
+        shaper.apply(scores_V)
+    return scores_BV
 
 
 def _close_ranks(going: Sequence[int]) -> list[int]:
@@ -242,23 +259,10 @@ def _collect(num_prompts: int, draws: Iterable[_Draw], decode: Decode) -> list[C
     ]
 
 
-@contextmanager
-def _running(model: CausalModel) -> Iterator[None]:
-    """No gradients, and every module in evaluation mode (no dropout); each goes back to the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _check(model: CausalModel, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
     """Refuse what cannot be generated; see `generate`."""
     assert 0 <= pad_id < model.vocab_size, f"pad id {pad_id} is outside the vocabulary of {model.vocab_size}"
+    check_ids(params, model.vocab_size)
     longest: int | None = model.config.max_positions
     for prompt in prompts:
         if not prompt:
@@ -273,7 +277,3 @@ def _check(model: CausalModel, prompts: Sequence[Sequence[int]], params: Samplin
                 f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} are more than the model's "
                 f"{longest} positions; shorten the prompt or ask for fewer tokens"
             )
-
-
-def _device(model: CausalModel) -> torch.device:
-    return next(chain(model.parameters(), model.buffers())).device

@@ -1,9 +1,10 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, min-p, for a whole batch at once.
+"""Drawing tokens from logits: temperature, top-k, top-p, min-p, for a whole batch at once, each row by its own rules.
 
-Used by every way of generating (naive.py now, the engine later), so that a token and its log-probability mean the same
-everywhere. Every filter is a threshold on the scores, so two tokens of equal probability always share their fate:
-ties at the edge stay in. Sources: top-k, Fan et al. 2018, section 5.4; top-p, Holtzman et al. 2020, section 3.1;
-min-p, Nguyen et al. 2024, section 3.
+Used by every way of generating (naive.py and the engine), so that a token and its log-probability mean the same
+everywhere: a row's draw depends on its own scores, parameters and random number alone. What comes before the
+temperature is in shaping.py. Every filter is a threshold on the scores, so two tokens of equal probability always
+share their fate: ties at the edge stay in. Sources: top-k, Fan et al. 2018, section 5.4; top-p, Holtzman et al. 2020,
+section 3.1; min-p, Nguyen et al. 2024, section 3.
 
 Shapes: B rows, V vocabulary, N steps.
 """
@@ -11,7 +12,7 @@ Shapes: B rows, V vocabulary, N steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from fledge.types import SamplingParams
 
 # Below the smallest normal float32 a division by the temperature is no longer defined; the limit is greedy.
 _COLDEST = float(torch.finfo(torch.float32).tiny)
+# So many of the best scores are looked at for the edge of the nucleus before all of them are sorted. Of 50,000 on one
+# core: 0.4 ms a row instead of 4.
+_NUCLEUS_GUESS = 256
 
 
 def uniforms(num_rows: int, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
@@ -48,16 +52,34 @@ def sample(
     cumulative distribution; greedy choices ignore it. Log-probabilities in place of logits give the same draws. NaN
     logits, or a row with every token banned, give a NaN log-probability.
     """
-    scores_BV = _ban(logits_BV.float(), banned_ids)
-    if _is_greedy(params):
+    return draw(_ban(logits_BV.float(), banned_ids), [params] * logits_BV.shape[0], uniform_B)
+
+
+def draw(scores_BV: Tensor, params: Sequence[SamplingParams], uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`sample` with parameters of its own for every row, from float32 scores that are shaped and banned already."""
+    greedy = [row for row, own in enumerate(params) if _is_greedy(own)]
+    if len(greedy) == len(params):
         best_B, tokens_B = scores_BV.max(dim=-1)
         return tokens_B, best_B - best_B  # 0, or NaN where the scores were
-    probs_BV = _filter(_cool(scores_BV, params.temperature), params).softmax(dim=-1)
+    if not greedy:
+        return invert(_filter(scores_BV, params).softmax(dim=-1), uniform_B)
+    others = [row for row, own in enumerate(params) if not _is_greedy(own)]
+    tokens_B = torch.empty(len(params), dtype=torch.int64, device=scores_BV.device)
+    logprobs_B = torch.empty(len(params), device=scores_BV.device)
+    for rows in (greedy, others):
+        index = torch.tensor(rows, device=scores_BV.device)
+        drawn = draw(scores_BV[index], [params[row] for row in rows], uniform_B[index])
+        tokens_B[index], logprobs_B[index] = drawn
+    return tokens_B, logprobs_B
+
+
+def invert(probs_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens_B, logprobs_B): the token at which the cumulative distribution passes `uniform_B` of its whole."""
     # float64: the tail of a large vocabulary is finer than float32's step near one.
     cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     # The first entry above the target has positive probability; clamping only catches NaN rows.
-    tokens_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
+    tokens_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=probs_BV.shape[1] - 1)
     return tokens_B1[:, 0], probs_BV.gather(1, tokens_B1).log_()[:, 0]
 
 
@@ -67,7 +89,7 @@ def draw_logprobs(logits_BV: Tensor, params: SamplingParams, banned_ids: Sequenc
     if _is_greedy(params):
         chosen_BV = torch.full_like(scores_BV, float("-inf"))
         return chosen_BV.scatter(1, scores_BV.argmax(dim=-1, keepdim=True), 0.0)
-    return _filter(_cool(scores_BV, params.temperature), params).log_softmax(dim=-1)
+    return _filter(scores_BV, [params] * scores_BV.shape[0]).log_softmax(dim=-1)
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -81,31 +103,73 @@ def _ban(scores_BV: Tensor, banned_ids: Sequence[int]) -> Tensor:
     return scores_BV.index_fill(1, index, float("-inf"))
 
 
-def _cool(scores_BV: Tensor, temperature: float) -> Tensor:
-    if temperature == 1.0:
-        return scores_BV
-    # The best score is moved to 0 first, so that a low temperature cannot overflow it.
-    return (scores_BV - scores_BV.amax(dim=-1, keepdim=True)) / temperature
-
-
-def _filter(scores_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Top-k, then top-p, then min-p, each on the renormalised distribution that the one before left."""
-    if params.top_k is not None and params.top_k < scores_BV.shape[1]:
-        scores_BV = _at_least(scores_BV, scores_BV.topk(params.top_k, dim=-1).values[:, -1:])
-    if params.top_p is not None and params.top_p < 1:
-        scores_BV = _at_least(scores_BV, _nucleus_edge(scores_BV, params.top_p))
-    if params.min_p is not None and params.min_p > 0:
-        scores_BV = _at_least(scores_BV, scores_BV.amax(dim=-1, keepdim=True) + math.log(params.min_p))
+def _filter(scores_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Temperature, top-k, top-p and min-p, each on the renormalised distribution that the one before left."""
+    stages: tuple[tuple[Callable[[Tensor, Tensor], Tensor], list[float | None]], ...] = (
+        (_cool, [None if own.temperature == 1.0 else own.temperature for own in params]),
+        (
+            _keep_best,
+            [None if own.top_k is None or own.top_k >= scores_BV.shape[1] else own.top_k for own in params],
+        ),
+        (_keep_nucleus, [None if own.top_p == 1.0 else own.top_p for own in params]),
+        (_keep_likely, [math.log(own.min_p) if own.min_p else None for own in params]),
+    )
+    for stage, settings in stages:
+        rows = [row for row, setting in enumerate(settings) if setting is not None]
+        if not rows:
+            continue
+        setting_B = torch.tensor(
+            [settings[row] for row in rows], dtype=torch.float64, device=scores_BV.device
+        )
+        setting_B1 = setting_B[:, None]
+        if len(rows) == len(params):
+            scores_BV = stage(scores_BV, setting_B1)
+        else:
+            index = torch.tensor(rows, device=scores_BV.device)
+            scores_BV = scores_BV.index_copy(0, index, stage(scores_BV[index], setting_B1))
     return scores_BV
 
 
-def _nucleus_edge(scores_BV: Tensor, top_p: float) -> Tensor:
-    """The lowest score (B, 1) in the smallest set of most likely tokens whose probability reaches `top_p`."""
-    sorted_BV = scores_BV.sort(dim=-1, descending=True).values
-    probs_BV = sorted_BV.double().softmax(dim=-1)
-    before_BV = probs_BV.cumsum(dim=-1) - probs_BV  # mass of the tokens ranked above; 0 for the first
-    num_kept_B1 = (before_BV < top_p).sum(dim=-1, keepdim=True)
-    return sorted_BV.gather(1, (num_kept_B1 - 1).clamp_(min=0))
+def _cool(scores_BV: Tensor, temperature_B1: Tensor) -> Tensor:
+    # The best score is moved to 0 first, so that a low temperature cannot overflow it.
+    return (scores_BV - scores_BV.amax(dim=-1, keepdim=True)) / temperature_B1.float()
+
+
+def _keep_best(scores_BV: Tensor, top_k_B1: Tensor) -> Tensor:
+    place_B1 = top_k_B1.long() - 1
+    best_BK = scores_BV.topk(int(place_B1.max()) + 1, dim=-1).values
+    return _at_least(scores_BV, best_BK.gather(1, place_B1))
+
+
+def _keep_nucleus(scores_BV: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The smallest set of most likely tokens whose probability reaches `top_p`."""
+    vocab_size = scores_BV.shape[1]
+    whole_B1 = scores_BV.double().logsumexp(dim=-1, keepdim=True)
+    edge_B1, is_found_B1 = _nucleus_edge(scores_BV, whole_B1, top_p_B1, min(_NUCLEUS_GUESS, vocab_size))
+    missing = (~is_found_B1[:, 0]).nonzero()[:, 0]
+    if vocab_size > _NUCLEUS_GUESS and len(missing):
+        exact, _ = _nucleus_edge(scores_BV[missing], whole_B1[missing], top_p_B1[missing], vocab_size)
+        edge_B1[missing] = exact
+    return _at_least(scores_BV, edge_B1)
+
+
+def _nucleus_edge(
+    scores_BV: Tensor, whole_B1: Tensor, top_p_B1: Tensor, num_best: int
+) -> tuple[Tensor, Tensor]:
+    """(edge_B1, is_found_B1): the lowest score in the nucleus, if it ends within the `num_best` best scores.
+
+    `whole_B1` is the logarithm of the sum of all weights.
+    """
+    best_BK = scores_BV.topk(num_best, dim=-1).values
+    probs_BK = (best_BK.double() - whole_B1).exp()
+    reached_BK = probs_BK.cumsum(dim=-1)
+    num_kept_B1 = (reached_BK - probs_BK < top_p_B1).sum(dim=-1, keepdim=True)  # 0 only for NaN
+    edge_B1 = best_BK.gather(1, (num_kept_B1 - 1).clamp_(min=0))
+    return edge_B1, reached_BK[:, -1:] >= top_p_B1
+
+
+def _keep_likely(scores_BV: Tensor, log_min_p_B1: Tensor) -> Tensor:
+    return _at_least(scores_BV, scores_BV.amax(dim=-1, keepdim=True) + log_min_p_B1.float())
 
 
 def _at_least(scores_BV: Tensor, edge_B1: Tensor) -> Tensor:

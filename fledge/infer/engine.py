@@ -1,0 +1,351 @@
+"""The engine: many requests at once over one model, for serving, RL rollouts and evals alike.
+
+Request -> `submit` -> an `Answer` each -> scheduler.plan -> runner.run -> choosing.choose -> scheduler.commit -> events.
+Sources: Kwon et al. 2023 (paged memory), Yu et al. 2022 (continuous batching); the other files of this folder name
+their own. The oracle is naive.py: an answer has the same tokens there, whatever else the engine does meanwhile.
+
+Shapes: W positions wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fledge.errors import ConfigError, UserError
+from fledge.infer import scoring
+from fledge.infer.answers import Answer, Job
+from fledge.infer.causal import CausalModel, device_of, evaluating
+from fledge.infer.choosing import Choice, Row, choose, read_logprobs
+from fledge.infer.paged import Pages
+from fledge.infer.runner import Runner, count_blocks, probe_sites
+from fledge.infer.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from fledge.infer.sequence import Live, Span, StepPlan
+from fledge.infer.shaping import check_ids
+from fledge.text.tokenizer import Tokenizer
+from fledge.types import Completion, Request, TokenEvent
+
+# Positions of a prompt whose distributions are worked out at once: 128 x 50,000 float32 are 26 MB.
+_PROMPT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """`cache_bytes` of keys and values, in blocks of `block_size` positions; `num_blocks` says it in blocks instead.
+
+    At most `max_live` answers are written at once, and a step runs at most `max_step_tokens` positions.
+    """
+
+    cache_bytes: int = 1 << 30
+    block_size: int = 16
+    num_blocks: int | None = None
+    max_live: int = 64
+    max_step_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if min(self.cache_bytes, self.block_size) < 1:
+            raise ConfigError(f"cache_bytes and block_size must be at least 1, got {self}")
+
+
+@dataclass(frozen=True)
+class EngineStats(SchedulerStats):
+    """What the engine has done since it was made. `weights_version` is that of the last `update_weights`."""
+
+    num_requests: int
+    num_steps: int
+    step_seconds: float
+    cache_bytes: int
+    weights_version: str
+
+
+class Engine:
+    """Not thread-safe: one owner calls everything, `step` as long as there `has_work`.
+
+    The model stays the caller's: it is run in evaluation mode and handed back in the mode it had. A caller that
+    changes its weights must say so by `update_weights`, be it with an empty mapping.
+    """
+
+    def __init__(self, model: CausalModel, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self._model, self._tokenizer = model, tokenizer
+        self._device = device_of(model)
+        _check_vocabulary(model, tokenizer)
+        # Padding, and ids that the model has but no token, are never drawn.
+        unused = range(tokenizer.vocab_size, model.vocab_size)
+        self._banned = torch.tensor([tokenizer.pad_id, *unused], device=self._device)
+        sites = probe_sites(model)
+        self._position_bytes = sum(shape.num_bytes for shape in sites.values())
+        size = self.config.block_size
+        num_blocks = self.config.num_blocks or count_blocks(sites, size, self.config.cache_bytes)
+        self._scheduler = Scheduler(
+            SchedulerConfig(num_blocks, size, self.config.max_live, self.config.max_step_tokens)
+        )
+        self._runner = Runner(model, Pages(sites, num_blocks, size, self._device))
+        self._jobs: dict[str, Job] = {}
+        self._answers: dict[int, tuple[Job, Answer]] = {}  # by live.id
+        self._outbox: list[TokenEvent] = []
+        self._num_lives = self._num_requests = self._num_steps = 0
+        self._step_seconds = 0.0
+        self._weights_version = ""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs or self._outbox)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its events come from `step`. `UserError` if it can never run, and then nothing is queued."""
+        self._check(request)
+        job = Job(
+            request, tuple(self._begin(request, index) for index in range(request.best_of or request.n))
+        )
+        self._jobs[request.id] = job
+        self._num_requests += 1
+        for answer in job.answers:
+            self._answers[answer.live.id] = job, answer
+            # The prompt's own log-probabilities need every position of it run, once.
+            reads_all = request.prompt_logprobs is not None and answer.index == 0
+            self._scheduler.add(answer.live, reads_all=reads_all)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now; the next `step` says so for each of its answers. False if there is none of that name."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return False
+        for answer in job.answers:
+            if answer.finish_reason is None:
+                self._outbox += job.tell(answer.end("cancelled"))
+                self._drop(answer)
+        return True
+
+    def step(self) -> list[TokenEvent]:
+        """Run the model once over whatever is due, and tell what came of it. Without work: no events."""
+        events, self._outbox = self._outbox, []
+        plan = self._scheduler.plan()
+        if plan is None:
+            return events
+        began = time.perf_counter()
+        with self._evaluating():
+            choices = self._run(plan)
+        drawn = {live_id: self._accept(live_id, span, own, events) for live_id, span, own in choices}
+        self._scheduler.commit(plan, drawn)
+        for live_id in drawn:
+            _, answer = self._answers[live_id]
+            if answer.finish_reason is not None:
+                self._drop(answer)
+        self._num_steps += 1
+        self._step_seconds += time.perf_counter() - began
+        return events
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """The answers to these requests, n each, in their order. What happens to others meanwhile is told by `step`."""
+        own: dict[str, list[TokenEvent]] = {}
+        try:
+            for request in requests:
+                self.submit(request)
+                own[request.id] = []
+        except UserError:
+            for request_id in own:
+                self.cancel(request_id)
+            self._outbox = [event for event in self._outbox if event.request_id not in own]
+            raise
+        others: list[TokenEvent] = []
+        while any(request_id in self._jobs for request_id in own) or self._outbox:
+            for event in self.step():
+                own.get(event.request_id, others).append(event)
+        self._outbox = others
+        return [[_complete(own[r.id], index) for index in range(r.n)] for r in requests]
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The natural log-probability of every token of a row but its first, as the trainer computes it."""
+        for row in rows:
+            self._check_ids(row)
+        with self._evaluating():
+            return scoring.score(self._model, rows)
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """(N, D) float32 on the CPU, of length 1: the mean of each row's hidden states, normalised."""
+        for row in rows:
+            self._check_ids(row)
+        with self._evaluating():
+            return scoring.embed(self._model, rows)
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: str) -> None:
+        """Put new values into parameters and buffers of these names, between two steps.
+
+        Nothing computed with the old ones is used again: the prefix cache is emptied, and answers in progress go on
+        from the tokens they have. `UserError`, and nothing changed, for an unknown name or another shape.
+        """
+        own = dict(self._model.state_dict(keep_vars=True))
+        for name, value in weights.items():
+            if name not in own:
+                raise UserError(f"the model has no weight '{name}'")
+            if own[name].shape != value.shape:
+                raise UserError(f"weight '{name}' is {tuple(own[name].shape)}, got {tuple(value.shape)}")
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+        self._scheduler.flush()
+        self._weights_version = version
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            **asdict(self._scheduler.stats()),
+            num_requests=self._num_requests,
+            num_steps=self._num_steps,
+            step_seconds=self._step_seconds,
+            cache_bytes=self._position_bytes * self.config.block_size * self._scheduler.config.num_blocks,
+            weights_version=self._weights_version,
+        )
+
+    def _begin(self, request: Request, index: int) -> Answer:
+        live = Live(
+            id=self._num_lives,
+            tokens=list(request.prompt_ids),
+            num_prompt=len(request.prompt_ids),
+            max_tokens=request.params.max_tokens,
+            tenant=request.tenant,
+            salt=f"{len(request.tenant)}:{request.tenant}:{request.adapter or ''}",
+        )
+        self._num_lives += 1
+        return Answer(request, index, live, self._tokenizer, None, self._device)
+
+    def _run(self, plan: StepPlan) -> list[tuple[int, Span, list[Choice]]]:
+        """One forward pass: for every span that draws, what follows each of its last 1 + num_draft positions."""
+        states = self._runner.run(plan.spans, [self._num_wanted(span) for span in plan.spans])
+        drawing = [(span, state) for span, state in zip(plan.spans, states, strict=True) if span.draws]
+        for span, state in zip(plan.spans, states, strict=True):
+            self._read_prompt(span, state)
+        if not drawing:
+            return []
+        x_WD = torch.cat([state[-1 - span.num_draft :] for span, state in drawing])
+        rows = [row for span, _ in drawing for row in self._rows(span)]
+        choices = iter(choose(self._model.unembed(x_WD[None])[0], rows, self._banned))
+        return [
+            (span.live.id, span, [next(choices) for _ in range(1 + span.num_draft)]) for span, _ in drawing
+        ]
+
+    def _rows(self, span: Span) -> list[Row]:
+        _, answer = self._answers[span.live.id]
+        num_top = answer.request.top_logprobs or 0 if answer.wants_model else None
+        draft = tuple(span.live.draft[: span.num_draft])
+        return [
+            Row(answer.params, answer.shaper, answer.uniform(i), answer.matcher, draft[:i], num_top)
+            for i in range(1 + span.num_draft)
+        ]
+
+    def _accept(
+        self, live_id: int, span: Span, choices: Sequence[Choice], events: list[TokenEvent]
+    ) -> list[int]:
+        """The tokens that the answer goes on with: as many as follow the draft, and one more.
+
+        Every position was drawn as if there were no draft, so what is kept is what would have been drawn one by one.
+        """
+        job, answer = self._answers[live_id]
+        tokens: list[int] = []
+        for place, choice in enumerate(choices):
+            event = answer.take(choice)
+            events += job.tell(event)
+            tokens.append(choice.token)
+            is_as_drafted = place < span.num_draft and choice.token == span.live.draft[place]
+            if answer.finish_reason is not None or not is_as_drafted:
+                break
+        return tokens
+
+    def _drop(self, answer: Answer) -> None:
+        """The answer has ended: its blocks are free."""
+        self._scheduler.finish(answer.live.id)
+        self._runner.forget(answer.live)
+        job, _ = self._answers.pop(answer.live.id)
+        if job.is_finished:
+            self._jobs.pop(job.request.id, None)
+
+    # The prompt's own log-probabilities
+
+    def _num_wanted(self, span: Span) -> int:
+        """How many of the span's last positions the model must speak at."""
+        if self._num_unread(span) > 0:
+            return span.start + span.count - self._first_unread(span)
+        return 1 + span.num_draft if span.draws else 0
+
+    def _first_unread(self, span: Span) -> int:
+        job, _ = self._answers[span.live.id]
+        return max(span.start, len(job.prompt))
+
+    def _num_unread(self, span: Span) -> int:
+        """How many positions of the span predict tokens of the prompt that are wanted and not known yet."""
+        job, answer = self._answers[span.live.id]
+        if job.request.prompt_logprobs is None or answer.index != 0:
+            return 0
+        return min(span.start + span.count, span.live.num_prompt - 1) - self._first_unread(span)
+
+    def _read_prompt(self, span: Span, state_WD: Tensor) -> None:
+        num_unread, first = self._num_unread(span), self._first_unread(span)
+        job, _ = self._answers[span.live.id]
+        for start in range(0, num_unread, _PROMPT_ROWS):
+            x_WD = state_WD[start : min(start + _PROMPT_ROWS, num_unread)]
+            logprobs_WV = self._model.unembed(x_WD[None])[0].float().log_softmax(dim=-1)
+            place = first + start + 1
+            tokens_W = torch.tensor(span.live.tokens[place : place + len(x_WD)], device=self._device)
+            job.prompt += read_logprobs(logprobs_WV, tokens_W, [job.request.prompt_logprobs or 0] * len(x_WD))
+
+    # What is refused
+
+    def _check(self, request: Request) -> None:
+        params = request.params
+        if request.id in self._jobs:
+            raise UserError(f"there is a request '{request.id}' already; give each its own id")
+        self._check_ids(request.prompt_ids, params.max_tokens)
+        check_ids(params, self._model.vocab_size)
+        self._scheduler.check_fit(len(request.prompt_ids), params.max_tokens)
+        if not -(2**63) <= params.seed < 2**63 - (request.best_of or request.n):
+            raise UserError(f"the seed {params.seed} is not a number of 64 bits")
+        if request.grammar is not None:
+            raise UserError("this engine has no grammars")
+        if request.adapter is not None:
+            raise UserError(f"no adapter '{request.adapter}' is loaded")
+
+    def _check_ids(self, ids: Sequence[int], max_tokens: int = 0) -> None:
+        vocab_size, longest = self._model.vocab_size, self._model.config.max_positions
+        if not ids:
+            raise UserError("the prompt is empty; give it at least one token")
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise UserError(
+                f"the prompt holds token ids {min(ids)} to {max(ids)}, the model knows 0 to {vocab_size - 1}; encode "
+                "it with the model's own tokenizer"
+            )
+        if longest is not None and len(ids) + max_tokens > longest:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} are more than the model's {longest} "
+                "positions; shorten the prompt or ask for fewer tokens"
+            )
+
+    def _evaluating(self) -> AbstractContextManager[object]:
+        # Looking at every module costs more than a step of a small model, so only the root is asked.
+        return evaluating(self._model) if self._model.training else torch.inference_mode()
+
+
+def _check_vocabulary(model: CausalModel, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}; they do not belong "
+            "together, load the tokenizer that the model was trained with"
+        )
+
+
+def _complete(events: Sequence[TokenEvent], index: int) -> Completion:
+    """The answer that these events tell."""
+    own = [event for event in events if event.index == index]
+    said = [event for event in own if event.id >= 0]
+    reason = own[-1].finish_reason
+    assert reason is not None, "the answer has not ended"
+    return Completion(
+        "".join(event.text for event in own),
+        tuple(event.id for event in said),
+        tuple(event.logprob for event in said),
+        reason,
+    )

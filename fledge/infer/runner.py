@@ -1,0 +1,178 @@
+"""The runner: from a plan of spans to the hidden states of the positions that are wanted. Holds the cache's tensors.
+
+One step of the engine is one forward pass over all new tokens of all sequences, side by side in one row
+(sequence.StepPlan). Everything that depends on a token is worked out for all of them at once with numpy; Python loops
+only over sequences. What the model sees of it is an attention context (paged.py).
+
+Shapes: T new tokens, N spans, M blocks of a table, Q tokens that attend one by one, W positions wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fledge.errors import UserError
+from fledge.infer.causal import CausalModel, device_of, evaluating
+from fledge.infer.paged import Chunk, Layout, PagedContext, Pages, SiteShape
+from fledge.infer.sequence import Live, Span
+from fledge.layers.attention import RowContext
+
+Ints = NDArray[np.int64]
+
+# Spans of so few tokens (a decoding sequence with its draft, a short rest of a prompt) are run as that many single
+# queries, together with those that decode.
+SHORT_SPAN = 8
+
+
+class _Probe(RowContext):
+    """A context that notes the shape of every site."""
+
+    def __init__(self, tokens_BT: Tensor) -> None:
+        super().__init__(tokens_BT)
+        self.sites: dict[int, SiteShape] = {}
+
+    def attend(self, site: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, **options: Any) -> Tensor:
+        assert site not in self.sites, f"site {site} attends twice in one pass"
+        self.sites[site] = SiteShape(k_BTGK.shape[2], k_BTGK.shape[3], v_BTGK.shape[3], k_BTGK.dtype)
+        return super().attend(site, q_BTHK, k_BTGK, v_BTGK, **options)
+
+
+def probe_sites(model: CausalModel) -> dict[int, SiteShape]:
+    """The shape of every attention site, found by running one token."""
+    with evaluating(model):
+        tokens_11 = torch.zeros(1, 1, dtype=torch.int64, device=device_of(model))
+        probe = _Probe(tokens_11)
+        model.hidden(model.embed(tokens_11, probe), probe)
+    return probe.sites
+
+
+def count_blocks(sites: dict[int, SiteShape], block_size: int, num_bytes: int) -> int:
+    """How many blocks `num_bytes` of memory hold. `UserError` if not even one."""
+    block_bytes = block_size * (
+        sum(shape.num_bytes for shape in sites.values()) + 8
+    )  # 8: the tokens themselves
+    if num_bytes < 2 * block_bytes:  # one is kept for padding
+        raise UserError(
+            f"a cache of {num_bytes} bytes does not hold a block of {block_size} positions, which takes {block_bytes}; "
+            "give the engine more cache memory"
+        )
+    return num_bytes // block_bytes - 1
+
+
+class Runner:
+    """Runs a model over spans. `pages` belongs to it alone."""
+
+    def __init__(self, model: CausalModel, pages: Pages) -> None:
+        self.model, self.pages = model, pages
+        self._tables = _Tables()
+
+    def run(self, spans: Sequence[Span], num_wanted: Sequence[int]) -> list[Tensor]:
+        """The hidden states x_WD of the last `num_wanted[i]` positions of span i, span after span, for `unembed`.
+
+        To be run within `evaluating`. Writes the keys and values of all spans to the pages.
+        """
+        order = sorted(
+            range(len(spans)), key=lambda i: spans[i].count > SHORT_SPAN
+        )  # the short ones first, stably
+        layout, tokens_1T = self._lay_out([spans[i] for i in order])
+        context = PagedContext(self.pages, layout, tokens_1T)
+        x_TD = self.model.hidden(self.model.embed(tokens_1T, context), context)[0]
+        ends = np.cumsum([spans[i].count for i in order]).tolist()
+        states: list[Tensor] = [x_TD] * len(spans)
+        for i, end in zip(order, ends, strict=True):
+            states[i] = x_TD[end - num_wanted[i] : end]
+        return states
+
+    def forget(self, live: Live) -> None:
+        """The sequence has ended."""
+        self._tables.forget(live)
+
+    def _lay_out(self, spans: Sequence[Span]) -> tuple[Layout, Tensor]:
+        """Where every token of the step stands, and the tokens, (1, T). Short spans come first."""
+        size = self.pages.block_size
+        starts, counts = (np.array([getattr(span, name) for span in spans]) for name in ("start", "count"))
+        tables_NM = self._tables.of(spans, size)
+        firsts = np.cumsum(counts) - counts
+        rows_T = np.repeat(np.arange(len(spans)), counts)
+        positions_T = np.arange(len(rows_T)) - np.repeat(firsts - starts, counts)
+        slots_T = tables_NM[rows_T, positions_T // size] * size + positions_T % size
+        num_queries = int(counts[counts <= SHORT_SPAN].sum())
+        is_single = num_queries == int((counts == 1).sum())  # then every query has the row of its own number
+        tables_QM = tables_NM[:num_queries] if is_single else tables_NM[rows_T[:num_queries]]
+        layout = Layout(
+            positions_T=self._tensor(positions_T),
+            slots_T=self._tensor(slots_T),
+            rows_T=self._tensor(rows_T),
+            tables_NM=self._tensor(tables_NM),
+            tables_QM=self._tensor(tables_QM),
+            lengths_Q=self._tensor(positions_T[:num_queries] + 1),
+            chunks=tuple(
+                Chunk(row, int(firsts[row]), span.start, span.count)
+                for row, span in enumerate(spans)
+                if span.count > SHORT_SPAN
+            ),
+        )
+        tokens = np.fromiter(chain.from_iterable(map(_tokens_of, spans)), dtype=np.int64, count=len(rows_T))
+        return layout, self._tensor(tokens)[None]
+
+    def _tensor(self, array: Ints) -> Tensor:
+        return torch.from_numpy(array).to(self.pages.device, non_blocking=True)
+
+
+class _Tables:
+    """The block tables of running sequences as rows of one array, brought up to date and not built anew."""
+
+    def __init__(self) -> None:
+        self._array = np.zeros((0, 0), dtype=np.int64)
+        self._rows: dict[int, int] = {}  # live.id -> row
+        self._lists: list[list[int]] = []  # by row: the list that was copied there
+        self._spare: list[int] = []
+
+    def of(self, spans: Sequence[Span], block_size: int) -> Ints:
+        """(N, M): the tables of these spans, filled up with 0."""
+        width = max(len(span.live.blocks) for span in spans)
+        self._reserve(len(spans), width)
+        rows = [self._bring_up(span, block_size) for span in spans]
+        return self._array[rows, :width]
+
+    def forget(self, live: Live) -> None:
+        row = self._rows.pop(live.id, None)
+        if row is not None:
+            self._lists[row] = []
+            self._spare.append(row)
+
+    def _bring_up(self, span: Span, block_size: int) -> int:
+        live = span.live
+        row = self._rows.get(live.id)
+        if row is None:
+            row = self._rows[live.id] = self._spare.pop()
+        # A list is only ever added to, or shortened behind what is computed; a sequence that was preempted gets a new
+        # one. So what was copied of the same list still holds for the positions before this span.
+        known = span.start // block_size if self._lists[row] is live.blocks else 0
+        self._array[row, known : len(live.blocks)] = live.blocks[known:]
+        self._lists[row] = live.blocks
+        return row
+
+    def _reserve(self, num_new: int, width: int) -> None:
+        """Room for so many more rows, and for tables so wide."""
+        num_rows, held_width = self._array.shape
+        more = max(0, num_new - len(self._spare))
+        if more == 0 and width <= held_width:
+            return
+        array = np.zeros((num_rows + more, max(held_width, width + width // 2)), dtype=np.int64)
+        array[:num_rows, :held_width] = self._array
+        self._array = array
+        self._lists += [[] for _ in range(more)]
+        self._spare += range(num_rows, num_rows + more)
+
+
+def _tokens_of(span: Span) -> list[int]:
+    own = span.live.tokens[span.start : span.start + span.count - span.num_draft]
+    return own + span.live.draft[: span.num_draft] if span.num_draft else own
