@@ -25,6 +25,9 @@ class Ledger:
     def __getitem__(self, tenant: str) -> int:
         return self._served[tenant]
 
+    def __len__(self) -> int:
+        return len(self._served)
+
     def read(self, tenant: str, num_tokens: int) -> None:
         """The engine computed `num_tokens` of the tenant's prompts."""
         self._served[tenant] += INPUT_WEIGHT * num_tokens
