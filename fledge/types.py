@@ -6,11 +6,12 @@ flow"). Values that hold tensors live in batches.py.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +28,29 @@ class TextPart:
 
 
 @dataclass(frozen=True)
+class CallPart:
+    """A function that the assistant calls: its name and its arguments, a JSON object as text."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The call as a model writes it, in the convention of Hermes and Qwen."""
+        return f'<tool_call>\n{{"name": {json.dumps(self.name, ensure_ascii=False)}, "arguments": {self.arguments}}}\n</tool_call>'
+
+
+@dataclass(frozen=True)
 class Message:
+    """`is_learned` false: an assistant's message that is context only. A tool's message may say which function
+    (`name`) and which call (`call_id`) it answers."""
+
     role: Role
-    parts: tuple[TextPart, ...]
+    parts: tuple[TextPart | CallPart, ...]
+    is_learned: bool = True
+    name: str | None = None
+    call_id: str | None = None
 
     @classmethod
     def of(cls, role: Role, text: str) -> Message:
@@ -42,7 +63,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
+    """`tools`: the functions the assistant may call, each a JSON schema as text."""
+
     messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, *turns: tuple[Role, str]) -> Conversation:
@@ -50,7 +74,7 @@ class Conversation:
 
     def then(self, role: Role, text: str) -> Conversation:
         """This conversation with one more message."""
-        return Conversation((*self.messages, Message.of(role, text)))
+        return replace(self, messages=(*self.messages, Message.of(role, text)))
 
 
 @dataclass(frozen=True)
@@ -104,13 +128,87 @@ class ChatExample:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """Who judged answers and on what grounds; None where it is not known.
+
+    `confidence` is on the labeler's own scale, `batch` the delivery the label came in, `policy_version` the model that
+    answered, `grounds` the principle or rule that was applied, with the version of its constitution.
+    """
+
+    kind: Literal["human", "ai", "rule"] = "human"
+    labeler: str | None = None
+    confidence: float | None = None
+    batch: str | None = None
+    policy_version: str | None = None
+    grounds: str | None = None
+    rationale: str | None = None
+
+
+@dataclass(frozen=True)
 class PairExample:
-    """Two answers to one prompt, the first one preferred."""
+    """Two answers to one prompt, the first one preferred.
+
+    `probability` is that of `chosen` being the better one: below 1 it is a soft target (Bai et al. 2022, section 4.1).
+    `margin` says by how much, `scores` are ratings of chosen and rejected, `shown_first` which the labeler saw first.
+    """
 
     prompt: Conversation
     chosen: str
     rejected: str
     provenance: Provenance
+    probability: float = 1.0
+    margin: float | None = None
+    scores: tuple[float, float] | None = None
+    judgement: Judgement | None = None
+    shown_first: Literal["chosen", "rejected"] | None = None
+
+
+@dataclass(frozen=True)
+class UnpairedExample:
+    """One answer and whether it is desirable (KTO, Ethayarajh et al. 2024). `probability` is that of the label."""
+
+    prompt: Conversation
+    completion: str
+    is_desirable: bool
+    provenance: Provenance
+    probability: float = 1.0
+    judgement: Judgement | None = None
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt to be answered. `answer` is what a verifier compares with, `task` says which one (verl's data_source);
+    `extra` holds further facts, as JSON values."""
+
+    prompt: Conversation
+    provenance: Provenance
+    answer: str | None = None
+    task: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepsExample:
+    """An answer in steps, each judged right or wrong (process supervision)."""
+
+    prompt: Conversation
+    steps: tuple[str, ...]
+    is_right: tuple[bool, ...]
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class RatedExample:
+    """An answer with a rating; InstructGPT's scale goes from 1 to 7 and FeedME keeps the 7s. `flags` are the yes-or-no
+    questions that the labeler answered with yes. `maker` says who wrote it ("human", a model)."""
+
+    prompt: Conversation
+    completion: str
+    rating: float
+    provenance: Provenance
+    flags: tuple[str, ...] = ()
+    maker: str | None = None
+    judgement: Judgement | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +216,8 @@ class Ranking:
     """K answers to one prompt (InstructGPT, section 3.4). `ranks[k]` is 1 for the best; equal ranks are ties.
 
     An answer that ran out of tokens has `ended[k]` false and is rendered without an end-of-turn token.
-    `makers[k]` says who wrote answer k ("human", "sft", "base", ...).
+    `makers[k]` says who wrote answer k ("human", "sft", "base", ...). `logprobs[k]` are those of its tokens when they
+    were drawn; `shown[k]` is the place, from 1, where the labeler saw it.
     """
 
     prompt: Conversation
@@ -127,6 +226,9 @@ class Ranking:
     ended: tuple[bool, ...]
     makers: tuple[str, ...]
     provenance: Provenance
+    judgement: Judgement | None = None
+    logprobs: tuple[tuple[float, ...], ...] | None = None
+    shown: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

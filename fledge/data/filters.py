@@ -20,7 +20,7 @@ import numpy as np
 from fledge.data.cutting import cut_prose
 from fledge.data.reading import Example, Split
 from fledge.errors import ConfigError
-from fledge.types import ChatExample, Conversation, Message, TextExample, TextPart
+from fledge.types import CallPart, ChatExample, Conversation, TextExample, TextPart
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,12 @@ def _nfc_conversation(conversation: Conversation) -> Conversation:
     if all(unicodedata.is_normalized("NFC", message.text) for message in conversation.messages):
         return conversation
     messages = (
-        Message(message.role, tuple(TextPart(_nfc(part.text)) for part in message.parts))
-        for message in conversation.messages
+        replace(message, parts=tuple(_nfc_part(part) for part in message.parts)) for message in conversation.messages
     )
-    return Conversation(tuple(messages))
+    return replace(conversation, messages=tuple(messages))
+
+
+def _nfc_part(part: TextPart | CallPart) -> TextPart | CallPart:
+    if isinstance(part, CallPart):
+        return replace(part, arguments=_nfc(part.arguments))
+    return TextPart(_nfc(part.text))

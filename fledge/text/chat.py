@@ -11,7 +11,7 @@ one, or speak in another's name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from fledge.config import config_hash
 from fledge.errors import TokenizerError
 from fledge.text.tokenizer import Tokenizer
-from fledge.types import Conversation, Message, Piece, Rendered, Role, Termination
+from fledge.types import Conversation, Message, Piece, Rendered, Role, Termination, TextPart
 
 ROLES: tuple[Role, ...] = get_args(Role)
 JOINED_ROLES: tuple[Role, ...] = ("system", "user", "assistant")  # each tool message is one tool's answer: never joined
@@ -102,7 +102,7 @@ class ChatRenderer:
     def turn(self, message: Message) -> Rendered:
         """One message: its role, its text, the end of the turn. A conversation is the start token and its turns."""
         text = self.tokenizer.encode(message.text)
-        is_learned = message.role == "assistant"
+        is_learned = message.role == "assistant" and message.is_learned
         ids = (self.role_ids[message.role], *text, self.end_id)
         return Rendered(ids, (False, *(is_learned for _ in text), is_learned))
 
@@ -111,17 +111,22 @@ def normalise(conversation: Conversation) -> Conversation:
     """The conversation as it is trained on and stored. Applying it twice changes nothing more.
 
     Each message becomes one text part, line breaks become \\n, white space around it goes; messages without text go;
-    neighbours of one role are joined by a line break (not tool messages). Nothing else about a text is touched.
+    neighbours of one role are joined by a line break (not tool messages, nor a learned one with one that is not).
+    Nothing else about a text is touched.
     """
     messages: list[Message] = []
     for message in conversation.messages:
         text = message.text.replace("\r\n", "\n").replace("\r", "\n").strip()
         if not text:
             continue
-        if messages and messages[-1].role == message.role and message.role in JOINED_ROLES:
+        if messages and message.role in JOINED_ROLES and _is_alike(messages[-1], message):
             text = f"{messages.pop().text}\n{text}"
-        messages.append(Message.of(message.role, text))
-    return Conversation(tuple(messages))
+        messages.append(replace(message, parts=(TextPart(text),)))
+    return replace(conversation, messages=tuple(messages))
+
+
+def _is_alike(one: Message, other: Message) -> bool:
+    return (one.role, one.is_learned) == (other.role, other.is_learned)
 
 
 def conversation_piece(renderer: ChatRenderer, conversation: Conversation, max_length: int) -> Piece | None:
