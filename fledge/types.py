@@ -38,7 +38,8 @@ class CallPart:
     @property
     def text(self) -> str:
         """The call as a model writes it, in the convention of Hermes and Qwen."""
-        return f'<tool_call>\n{{"name": {json.dumps(self.name, ensure_ascii=False)}, "arguments": {self.arguments}}}\n</tool_call>'
+        name = json.dumps(self.name, ensure_ascii=False)
+        return f'<tool_call>\n{{"name": {name}, "arguments": {self.arguments}}}\n</tool_call>'
 
 
 @dataclass(frozen=True)
