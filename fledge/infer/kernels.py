@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,18 @@ from torch import Tensor
 
 from fledge.infer import kernel_twins as twins
 from fledge.infer.kernel_build import BuildError, discard, library
+from fledge.infer.kernel_twins import CHANNELS, GROUP
 
 log = logging.getLogger(__name__)
 
-CHANNELS = 32  # output channels side by side in packed weights; kernels/kernels.h
 INPUTS_MULTIPLE = 16  # inputs of a channel are filled up to this; kernels/linear_int8.cpp
 
-SCHEMAS = ("linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias) -> Tensor",)
+SCHEMAS = (
+    "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias) -> Tensor",
+    "linear_int4(Tensor x, Tensor packed, int num_channels, Tensor? bias) -> Tensor",
+    "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor lengths, float scale, int window)"
+    " -> Tensor",
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,54 @@ def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | No
     return y
 
 
+def pack_int4(nibbles_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor) -> Tensor:
+    """uint8 (N/32, G, 640), N rounded up: weights q x scale + minimum as kernels/linear_int4.cpp reads them.
+
+    `nibbles_NGI` uint8 0..15, in groups of I = 32 inputs; scales and minima float16.
+    """
+    assert nibbles_NGI.dtype == torch.uint8, nibbles_NGI.dtype
+    assert nibbles_NGI.shape[2] == GROUP, nibbles_NGI.shape
+    assert scales_NG.dtype == minima_NG.dtype == torch.float16, (scales_NG.dtype, minima_NG.dtype)
+    missing = -nibbles_NGI.shape[0] % CHANNELS
+    nibbles_NGI, scales_NG, minima_NG = (
+        torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) for x in (nibbles_NGI, scales_NG, minima_NG)
+    )
+    low, high = nibbles_NGI.chunk(2, dim=-1)
+    num_blocks, num_groups = len(nibbles_NGI) // CHANNELS, nibbles_NGI.shape[1]
+    both = (low | high << 4).reshape(num_blocks, CHANNELS, num_groups, 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
+    numbers = torch.stack((scales_NG, minima_NG)).reshape(2, num_blocks, CHANNELS, num_groups).permute(1, 3, 0, 2)
+    return torch.cat((both, numbers.contiguous().view(torch.uint8).flatten(2)), dim=-1)
+
+
+def linear_int4(x: Tensor, packed: Tensor, num_channels: int, bias_N: Tensor | None = None) -> Tensor:
+    """float32 (..., N): x (..., K) float32, rounded to int8 in groups of 32, times 4-bit weights from `pack_int4`.
+
+    A row's result does not depend on the rows beside it, bit for bit; NaN and infinity give NaN in their row.
+    """
+    y: Tensor = torch.ops.fledge.linear_int4(x, packed, num_channels, bias_N)
+    return y
+
+
+def paged_attention(
+    q_NHK: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables_NM: Tensor,
+    lengths_N: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """y_NHV: query n over positions 0 to lengths_N[n] - 1 of its own sequence; only the last `window` of them if given.
+
+    `keys` (blocks, P, G, K) and `values` (blocks, P, G, V) float32, contiguous; position p of query n stands in block
+    `tables_NM[n, p // P]`, int64; lengths at least 1, int64. G divides H. What stands after a row's length is never
+    looked at. A query's result does not depend on the others, bit for bit.
+    """
+    assert window is None or window > 0, window
+    y: Tensor = torch.ops.fledge.paged_attention(q_NHK, keys, values, tables_NM, lengths_N, scale, window or 0)
+    return y
+
+
 def _obstacle() -> str | None:
     """Load the library; why that failed, or None. A library that does not load is built once more."""
     try:
@@ -91,8 +145,22 @@ def _obstacle() -> str | None:
     return None
 
 
-def _fake_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
-_FAKES = {"linear_int8": _fake_linear}
+def _fake_int4(x: Tensor, packed: Tensor, num_channels: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], num_channels)
+
+
+def _fake_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float, window: int
+) -> Tensor:
+    return q.new_empty(*q.shape[:-1], values.shape[3])
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "linear_int8": _fake_int8,
+    "linear_int4": _fake_int4,
+    "paged_attention": _fake_attention,
+}

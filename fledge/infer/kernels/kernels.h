@@ -15,4 +15,27 @@ constexpr int64_t TASK_BYTES = 65536;
 void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t width,
                  const float* w_scales, const float* bias, float* y, int64_t num_channels);
 
+constexpr int64_t GROUP = 32;  // inputs that share a scale and a minimum
+
+// As above with 4-bit weights, packed as linear_int4.cpp says, `num_groups` groups a channel: x_width / 32 rounded up.
+void linear_int4(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
+                 const float* bias, float* y, int64_t num_channels);
+
+// The memory of the cache at one attention site: (blocks, block_size, num_groups, width), keys and values.
+struct Pages {
+  const float* keys;
+  const float* values;
+  int64_t block_size, num_groups, key_width, value_width;
+};
+
+// Query n sees positions 0 to lengths[n] - 1; position p stands in block tables[n][p / block_size].
+struct Queries {
+  const int64_t* tables;  // (count, table_width)
+  const int64_t* lengths;
+  int64_t count, table_width, num_heads;
+};
+
+// y (count, num_heads, value_width) from q (count, num_heads, key_width). `window` 0 shows everything.
+void paged_attention(const float* q, const Queries& queries, const Pages& pages, float scale, int64_t window, float* y);
+
 }  // namespace fledge

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <vector>
 
 #include "kernels.h"
 
@@ -14,18 +15,79 @@ using at::Tensor;
 
 const float* floats(const std::optional<Tensor>& x) { return x.has_value() ? x->const_data_ptr<float>() : nullptr; }
 
+Tensor with_last(const Tensor& x, int64_t width) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = width;
+  return at::empty(shape, x.options());
+}
+
 Tensor linear_int8(const Tensor& x, const Tensor& w, const Tensor& scales, const std::optional<Tensor>& bias) {
   const Tensor rows = x.contiguous();
   const int64_t x_width = rows.size(-1), width = w.size(1) * 4, num_channels = scales.size(0);
-  TORCH_CHECK(rows.scalar_type() == at::kFloat && w.is_contiguous() && scales.is_contiguous(), "fledge::linear_int8: dtype or layout");
-  TORCH_CHECK(w.dim() == 4 && w.size(2) == fledge::CHANNELS && w.size(3) == 4, "fledge::linear_int8: weights are not packed");
-  TORCH_CHECK(x_width <= width && width < x_width + 16 && num_channels <= w.size(0) * fledge::CHANNELS, "fledge::linear_int8: shapes differ");
-  auto shape = rows.sizes().vec();
-  shape.back() = num_channels;
-  Tensor y = at::empty(shape, rows.options());
+  TORCH_CHECK(rows.scalar_type() == at::kFloat, "fledge::linear_int8: x must be float32");
+  TORCH_CHECK(w.dim() == 4 && w.size(2) == fledge::CHANNELS && w.size(3) == 4 && w.is_contiguous() &&
+                  scales.is_contiguous() && (!bias.has_value() || bias->is_contiguous()),
+              "fledge::linear_int8: weights are not packed");
+  TORCH_CHECK(x_width <= width && width < x_width + 16 && num_channels <= w.size(0) * fledge::CHANNELS &&
+                  (!bias.has_value() || bias->size(0) == num_channels),
+              "fledge::linear_int8: shapes differ");
+  Tensor y = with_last(rows, num_channels);
   if (y.numel() > 0)
-    fledge::linear_int8(rows.const_data_ptr<float>(), rows.numel() / x_width, x_width, w.const_data_ptr<uint8_t>(), width,
-                        scales.const_data_ptr<float>(), floats(bias), y.mutable_data_ptr<float>(), num_channels);
+    fledge::linear_int8(rows.const_data_ptr<float>(), rows.numel() / x_width, x_width, w.const_data_ptr<uint8_t>(),
+                        width, scales.const_data_ptr<float>(), floats(bias), y.mutable_data_ptr<float>(), num_channels);
+  return y;
+}
+
+Tensor linear_int4(const Tensor& x, const Tensor& w, int64_t num_channels, const std::optional<Tensor>& bias) {
+  const Tensor rows = x.contiguous();
+  const int64_t x_width = rows.size(-1), num_groups = w.size(1);
+  TORCH_CHECK(rows.scalar_type() == at::kFloat, "fledge::linear_int4: x must be float32");
+  TORCH_CHECK(w.dim() == 3 && w.size(2) == 20 * fledge::CHANNELS && w.is_contiguous() &&
+                  (!bias.has_value() || bias->is_contiguous()),
+              "fledge::linear_int4: weights are not packed");
+  TORCH_CHECK((x_width + fledge::GROUP - 1) / fledge::GROUP == num_groups &&
+                  num_channels <= w.size(0) * fledge::CHANNELS && (!bias.has_value() || bias->size(0) == num_channels),
+              "fledge::linear_int4: shapes differ");
+  Tensor y = with_last(rows, num_channels);
+  if (y.numel() > 0)
+    fledge::linear_int4(rows.const_data_ptr<float>(), rows.numel() / x_width, x_width, w.const_data_ptr<uint8_t>(),
+                        num_groups, floats(bias), y.mutable_data_ptr<float>(), num_channels);
+  return y;
+}
+
+// A block number outside the cache would read foreign memory: it is refused, not trusted.
+void check_tables(const Tensor& tables, const Tensor& lengths, int64_t num_blocks, int64_t block_size) {
+  const int64_t* table = tables.const_data_ptr<int64_t>();
+  const int64_t* length = lengths.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < lengths.size(0); ++n) {
+    const int64_t used = (length[n] + block_size - 1) / block_size;
+    TORCH_CHECK(length[n] >= 1 && used <= tables.size(1), "fledge::paged_attention: length ", length[n],
+                " does not fit its table");
+    for (int64_t m = 0; m < used; ++m) {
+      const int64_t block = table[n * tables.size(1) + m];
+      TORCH_CHECK(block >= 0 && block < num_blocks, "fledge::paged_attention: there is no block ", block);
+    }
+  }
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& tables,
+                       const Tensor& lengths, double scale, int64_t window) {
+  const Tensor queries = q.contiguous(), blocks = tables.contiguous(), seen = lengths.contiguous();
+  for (const Tensor& x : {queries, keys, values})
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "fledge::paged_attention: float32, contiguous");
+  TORCH_CHECK(queries.dim() == 3 && keys.dim() == 4 && values.dim() == 4 && blocks.dim() == 2 && seen.dim() == 1 &&
+                  keys.size(3) == queries.size(2) && queries.size(1) % keys.size(2) == 0 &&
+                  values.sizes().slice(0, 3) == keys.sizes().slice(0, 3) && blocks.size(0) == queries.size(0) &&
+                  seen.size(0) == queries.size(0),
+              "fledge::paged_attention: shapes differ");
+  check_tables(blocks, seen, keys.size(0), keys.size(1));
+  Tensor y = with_last(queries, values.size(3));
+  const fledge::Pages pages{keys.const_data_ptr<float>(), values.const_data_ptr<float>(), keys.size(1), keys.size(2),
+                            keys.size(3), values.size(3)};
+  const fledge::Queries rows{blocks.const_data_ptr<int64_t>(), seen.const_data_ptr<int64_t>(), queries.size(0),
+                             blocks.size(1), queries.size(1)};
+  fledge::paged_attention(queries.const_data_ptr<float>(), rows, pages, float(scale), window,
+                          y.mutable_data_ptr<float>());
   return y;
 }
 
@@ -33,4 +95,6 @@ Tensor linear_int8(const Tensor& x, const Tensor& w, const Tensor& scales, const
 
 TORCH_LIBRARY_IMPL(fledge, CPU, m) {
   m.impl("linear_int8", linear_int8);
+  m.impl("linear_int4", linear_int4);
+  m.impl("paged_attention", paged_attention);
 }

@@ -33,13 +33,43 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
-// Eight lanes and then four, so that the order of additions is the same on every machine.
+// Lane i is the sum of the lanes of x[i]. Neighbours first, so that the order is the same on every machine.
+inline F32 sums(const F32 (&x)[FLOATS]) {
+  F32 pair[8], four[4], eight[2];
+  for (int i = 0; i < 8; ++i)
+    pair[i] = __builtin_shufflevector(x[2 * i], x[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+              __builtin_shufflevector(x[2 * i], x[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  for (int i = 0; i < 4; ++i)
+    four[i] = __builtin_shufflevector(pair[2 * i], pair[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+              __builtin_shufflevector(pair[2 * i], pair[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  for (int i = 0; i < 2; ++i)
+    eight[i] = __builtin_shufflevector(four[2 * i], four[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(four[2 * i], four[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  return __builtin_shufflevector(eight[0], eight[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(eight[0], eight[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
 inline float sum(F32 x) {
   float lane[FLOATS];
   store(lane, x);
   for (int width = FLOATS / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+}
+
+// e^x for x <= 0, to two units in the last place: 2^n times a polynomial on |r| <= ln(2)/2 (Cephes, Moshier 1989). NaN
+// stays NaN.
+inline F32 exp(F32 x) {
+  x = x < fill(-87.0f) ? fill(-87.0f) : x;
+  const F32 shifted = x * fill(1.44269504f) + fill(12582912.0f);  // 1.5 x 2^23: the integer lands in the low bits
+  const F32 n = shifted - fill(12582912.0f);
+  const F32 r = (x - n * fill(0.693359375f)) - n * fill(-2.12194440e-4f);
+  F32 p = fill(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = fma(p, r, fill(c));
+  p = fma(p * r, r, r) + fill(1.0f);
+  const I32x16 power = ((I32x16)shifted - (I32x16)fill(12582912.0f) + 127) << 23;
+  return p * (F32)power;
 }
 
 #if defined(__AVX512VNNI__)

@@ -1,0 +1,168 @@
+// Decoding attention over pages: every query sees the positions of its own sequence, which stand in blocks of the cache
+// (Kwon et al. 2023, PagedAttention). Long sequences are cut at fixed positions and the parts joined by the usual
+// rescaling (Milakov & Gimelshein 2018), so threads share one sequence and the result does not depend on their number.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fledge {
+namespace {
+
+constexpr int64_t PART = 256;        // positions a part, cut at multiples of it
+constexpr int SHARED = 4;            // query heads of one key head worked on together
+constexpr int64_t TASK_WORK = 16384;  // multiply-adds that are worth waking a thread for
+
+struct Part {
+  int64_t query, begin, end;  // positions begin to end - 1
+};
+
+F32 load_some(const float* from, int64_t count) {
+  if (count >= FLOATS) return load(from);
+  float lane[FLOATS] = {};
+  std::memcpy(lane, from, 4 * count);
+  return load(lane);
+}
+
+void store_some(float* to, F32 x, int64_t count) {
+  if (count >= FLOATS) return store(to, x);
+  float lane[FLOATS];
+  store(lane, x);
+  std::memcpy(to, lane, 4 * count);
+}
+
+const float* at_position(const Pages& pages, const float* base, int64_t width, const int64_t* table, int64_t position,
+                         int64_t group) {
+  const int64_t slot = table[position / pages.block_size] * pages.block_size + position % pages.block_size;
+  return base + (slot * pages.num_groups + group) * width;
+}
+
+// scores[r][i] = scale * q_r . k of position begin + i.
+void score(const float* q, int64_t num_shared, const Pages& pages, const int64_t* table, int64_t group, const Part& part,
+           float scale, float (*scores)[PART]) {
+  const int64_t width = pages.key_width;
+  for (int64_t first = part.begin; first < part.end; first += FLOATS) {
+    const int64_t count = std::min<int64_t>(FLOATS, part.end - first);
+    const float* keys[FLOATS];
+    for (int64_t i = 0; i < FLOATS; ++i)
+      keys[i] = at_position(pages, pages.keys, width, table, first + std::min(i, count - 1), group);
+    for (int64_t r = 0; r < num_shared; ++r) {
+      F32 products[FLOATS] = {};
+      for (int64_t k = 0; k < width; k += FLOATS) {
+        const F32 some = load_some(q + r * width + k, width - k);
+        for (int i = 0; i < FLOATS; ++i) products[i] = fma(some, load_some(keys[i] + k, width - k), products[i]);
+      }
+      store(scores[r] + first - part.begin, sums(products) * fill(scale));
+    }
+  }
+}
+
+// Turns scores into exp(score - their maximum); returns (maximum, sum).
+std::pair<float, float> soften(float* scores, int64_t count) {
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < count; ++i) top = scores[i] > top ? scores[i] : top;
+  for (int64_t i = count; i % FLOATS; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+  F32 total = {};
+  for (int64_t i = 0; i < count; i += FLOATS) {
+    const F32 weight = exp(load(scores + i) - fill(top));
+    store(scores + i, weight);
+    total += weight;
+  }
+  return {top, sum(total)};
+}
+
+// out[r] = sum of the values of the part, weighted by weights[r].
+template <int ROWS>
+void mix(const float (*weights)[PART], const Pages& pages, const int64_t* table, int64_t group, const Part& part,
+         float* out) {
+  const int64_t width = pages.value_width;
+  constexpr int STRIPE = 4;  // vectors of one value at once
+  for (int64_t column = 0; column < width; column += STRIPE * FLOATS) {
+    F32 acc[ROWS][STRIPE] = {};
+    for (int64_t position = part.begin; position < part.end; ++position) {
+      const float* value = at_position(pages, pages.values, width, table, position, group) + column;
+      for (int s = 0; s < STRIPE && column + s * FLOATS < width; ++s) {
+        const F32 some = load_some(value + s * FLOATS, width - column - s * FLOATS);
+        for (int r = 0; r < ROWS; ++r) acc[r][s] = fma(fill(weights[r][position - part.begin]), some, acc[r][s]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int s = 0; s < STRIPE && column + s * FLOATS < width; ++s)
+        store_some(out + r * width + column + s * FLOATS, acc[r][s], width - column - s * FLOATS);
+  }
+}
+
+// What one part gives for one key head and all the query heads that share it; `tops` and `totals` likewise a head.
+void attend_part(const float* q, int64_t num_shared, const Pages& pages, const int64_t* table, int64_t group,
+                 const Part& part, float scale, float* out, float* tops, float* totals) {
+  alignas(64) float scores[SHARED][PART];
+  for (int64_t first = 0; first < num_shared; first += SHARED) {
+    const int64_t count = std::min<int64_t>(SHARED, num_shared - first);
+    score(q + first * pages.key_width, count, pages, table, group, part, scale, scores);
+    for (int64_t r = 0; r < count; ++r)
+      std::tie(tops[first + r], totals[first + r]) = soften(scores[r], part.end - part.begin);
+    float* to = out + first * pages.value_width;
+    if (count == 4) mix<4>(scores, pages, table, group, part, to);
+    if (count == 3) mix<3>(scores, pages, table, group, part, to);
+    if (count == 2) mix<2>(scores, pages, table, group, part, to);
+    if (count == 1) mix<1>(scores, pages, table, group, part, to);
+  }
+}
+
+// Joins the parts of one head of one query: parts stand `stride` heads apart.
+void join(int64_t num_parts, int64_t stride, int64_t width, const float* outs, const float* tops, const float* totals,
+          float* y) {
+  float top = tops[0];
+  for (int64_t part = 1; part < num_parts; ++part) top = tops[part * stride] > top ? tops[part * stride] : top;
+  float total = 0;
+  std::fill(y, y + width, 0.0f);
+  for (int64_t part = 0; part < num_parts; ++part) {
+    const float share = exp(fill(tops[part * stride] - top))[0];
+    total += share * totals[part * stride];
+    for (int64_t i = 0; i < width; ++i) y[i] += share * outs[part * stride * width + i];
+  }
+  for (int64_t i = 0; i < width; ++i) y[i] /= total;
+}
+
+}  // namespace
+
+void paged_attention(const float* q, const Queries& queries, const Pages& pages, float scale, int64_t window, float* y) {
+  std::vector<Part> parts;
+  std::vector<int64_t> first_part(queries.count + 1, 0);
+  int64_t num_positions = 0;
+  for (int64_t n = 0; n < queries.count; ++n) {
+    const int64_t end = queries.lengths[n], begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
+    for (int64_t at = begin; at < end; at = (at / PART + 1) * PART)
+      parts.push_back({n, at, std::min(end, (at / PART + 1) * PART)});
+    first_part[n + 1] = int64_t(parts.size());
+    num_positions += end - begin;
+  }
+  const int64_t num_groups = pages.num_groups, num_heads = queries.num_heads, num_shared = num_heads / num_groups;
+  const int64_t num_tasks = int64_t(parts.size()) * num_groups;
+  std::vector<float> outs(parts.size() * num_heads * pages.value_width), tops(parts.size() * num_heads);
+  std::vector<float> totals(tops.size());
+  const int64_t work = num_positions * num_heads * (pages.key_width + pages.value_width);
+  const int64_t tasks_a_thread = std::max<int64_t>(1, num_tasks * TASK_WORK / std::max<int64_t>(1, work));
+  at::parallel_for(0, num_tasks, tasks_a_thread, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task % num_groups, head = task / num_groups * num_heads + group * num_shared;
+      const Part& part = parts[task / num_groups];
+      const float* own = q + (part.query * num_heads + group * num_shared) * pages.key_width;
+      attend_part(own, num_shared, pages, queries.tables + part.query * queries.table_width, group, part, scale,
+                  outs.data() + head * pages.value_width, &tops[head], &totals[head]);
+    }
+  });
+  for (int64_t n = 0; n < queries.count; ++n)
+    for (int64_t h = 0; h < num_heads; ++h) {
+      const int64_t head = first_part[n] * num_heads + h, width = pages.value_width;
+      join(first_part[n + 1] - first_part[n], num_heads, width, &outs[head * width], &tops[head], &totals[head],
+           y + (n * num_heads + h) * width);
+    }
+}
+
+}  // namespace fledge

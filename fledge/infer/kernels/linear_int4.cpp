@@ -1,0 +1,151 @@
+// y = x W^T + b with 4-bit weights in groups of 32 inputs, w = q * scale + minimum (what GGUF calls Q4_1; Q4_0 is the
+// case minimum = -8 * scale), and int8 activations with a scale for each group of a row. Scales are half precision.
+//
+// Packed: blocks of 32 channels; in a block, group after group, 640 bytes each: four times 128 bytes that hold, for
+// every channel, four inputs in the low halves and the four inputs 16 further on in the high halves; then 32 scales and
+// 32 minima. Sums within a group are exact integers; groups are added up in their order whatever the tile, so a row's
+// result is the same to the last bit in every batch and with any number of threads.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "activations.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace fledge {
+namespace {
+
+constexpr int64_t QUADS = 4;  // times 128 bytes of a group
+constexpr int64_t QUAD_BYTES = 4 * CHANNELS;
+constexpr int64_t GROUP_BYTES = QUADS * QUAD_BYTES + 4 * CHANNELS;
+constexpr int MAX_ROWS = LANES == 16 ? 8 : 2;
+constexpr int HALVES = CHANNELS / FLOATS;
+
+struct Activations {
+  std::vector<int8_t> bytes;   // (rows, width)
+  std::vector<float> scales;   // (rows, groups)
+  std::vector<float> weighted;  // scale times the sum of the group's bytes
+};
+
+struct Problem {
+  const int8_t* bytes;
+  const float* scales;
+  const float* weighted;
+  const float* bias;
+  float* y;
+  int64_t num_groups, num_channels;
+};
+
+F32 halves(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#else
+  float lane[FLOATS];
+  for (int i = 0; i < FLOATS; ++i) {
+    uint16_t half;
+    std::memcpy(&half, from + 2 * i, 2);
+    // Exponent and fraction move up; 2^112 sets the exponent's offset right, subnormal numbers included.
+    const uint32_t bits = uint32_t(half & 0x7fff) << 13;
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude *= 0x1p112f;
+    lane[i] = half & 0x8000 ? -magnitude : magnitude;
+  }
+  return load(lane);
+#endif
+}
+
+// The sums of one group for FLOATS channels beginning at `channel`, one row after the other, as floats.
+template <int ROWS>
+void group_sums(const uint8_t* group, int channel, const int8_t* x, int64_t stride, F32 (&out)[ROWS]) {
+  constexpr int VECTORS = FLOATS / LANES;
+  alignas(64) int32_t integers[ROWS][FLOATS];
+  for (int v = 0; v < VECTORS; ++v) {
+    Bytes low[QUADS], high[QUADS];
+    for (int j = 0; j < QUADS; ++j) {
+      const Bytes both = load_bytes(group + j * QUAD_BYTES + 4 * (channel + v * LANES));
+      low[j] = low_nibbles(both);
+      high[j] = high_nibbles(both);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      I32 acc = zero();
+      for (int j = 0; j < QUADS; ++j) acc = dot(acc, low[j], shared(x + r * stride + 4 * j));
+      for (int j = 0; j < QUADS; ++j) acc = dot(acc, high[j], shared(x + r * stride + GROUP / 2 + 4 * j));
+      store(integers[r] + v * LANES, acc);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    I32x16 whole;
+    std::memcpy(&whole, integers[r], sizeof whole);
+    out[r] = __builtin_convertvector(whole, F32);
+  }
+}
+
+template <int ROWS>
+void tile(const uint8_t* w, const Problem& problem, int64_t row, int64_t first) {
+  const int64_t num_groups = problem.num_groups, stride = num_groups * GROUP;
+  const int8_t* x = problem.bytes + row * stride;
+  F32 acc[ROWS][HALVES] = {};
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const uint8_t* group = w + g * GROUP_BYTES;
+    for (int h = 0; h < HALVES; ++h) {
+      const uint8_t* numbers = group + QUADS * QUAD_BYTES + 2 * h * FLOATS;
+      const F32 scale = halves(numbers), minimum = halves(numbers + 2 * CHANNELS);
+      F32 exact[ROWS];
+      group_sums<ROWS>(group, h * FLOATS, x + g * GROUP, stride, exact);
+      for (int r = 0; r < ROWS; ++r) {
+        const int64_t at = (row + r) * num_groups + g;
+        acc[r][h] = fma(exact[r] * fill(problem.scales[at]), scale, acc[r][h]);
+        acc[r][h] = fma(fill(problem.weighted[at]), minimum, acc[r][h]);
+      }
+    }
+  }
+  const int64_t count = std::min<int64_t>(CHANNELS, problem.num_channels - first);
+  for (int r = 0; r < ROWS; ++r) {
+    float lanes[CHANNELS];
+    for (int h = 0; h < HALVES; ++h) store(lanes + h * FLOATS, acc[r][h]);
+    float* y = problem.y + (row + r) * problem.num_channels + first;
+    for (int64_t i = 0; i < count; ++i) y[i] = problem.bias ? lanes[i] + problem.bias[first + i] : lanes[i];
+  }
+}
+
+template <int ROWS>
+void tiles(const uint8_t* w, const Problem& problem, int64_t row, int64_t end, int64_t first) {
+  for (; row + ROWS <= end; row += ROWS) tile<ROWS>(w, problem, row, first);
+  if constexpr (ROWS > 1)
+    if (row < end) tiles<ROWS / 2>(w, problem, row, end, first);
+}
+
+Activations quantize_rows(const float* x, int64_t num_rows, int64_t x_width, int64_t num_groups) {
+  Activations to{std::vector<int8_t>(num_rows * num_groups * GROUP), std::vector<float>(num_rows * num_groups),
+                 std::vector<float>(num_rows * num_groups)};
+  const int64_t rows_a_task = std::max<int64_t>(1, TASK_BYTES / x_width);
+  at::parallel_for(0, num_rows, rows_a_task, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * num_groups; at < end * num_groups; ++at) {
+      const int64_t row = at / num_groups, first = at % num_groups * GROUP;
+      int32_t total = 0;
+      to.scales[at] = quantize(x + row * x_width + first, std::min(GROUP, x_width - first), &to.bytes[at * GROUP], &total);
+      to.weighted[at] = to.scales[at] * float(total);
+    }
+  });
+  return to;
+}
+
+}  // namespace
+
+void linear_int4(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
+                 const float* bias, float* y, int64_t num_channels) {
+  const Activations activations = quantize_rows(x, num_rows, x_width, num_groups);
+  const Problem problem{activations.bytes.data(), activations.scales.data(), activations.weighted.data(), bias, y,
+                        num_groups, num_channels};
+  const int64_t num_blocks = (num_channels + CHANNELS - 1) / CHANNELS, block_bytes = num_groups * GROUP_BYTES;
+  at::parallel_for(0, num_blocks, std::max<int64_t>(1, TASK_BYTES / block_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      tiles<MAX_ROWS>(w + block * block_bytes, problem, 0, num_rows, block * CHANNELS);
+  });
+}
+
+}  // namespace fledge
