@@ -46,7 +46,7 @@ class GrammarMatcher:
     """Where one answer stands in its grammar. Made by `GrammarCompiler.matcher`, asked through its `masks`.
 
     `failure` says why the answer cannot go on (a limit was met, or no token fits); it stays. `is_finished`: nothing
-    more can follow, so the answer is complete without a stop token, or a stop token was accepted.
+    more can follow, so the answer is complete without a stop token, or a stop token was pushed.
     """
 
     def __init__(self, grammar: Grammar, inner: Any, profile: int, stop_ids: frozenset[int]) -> None:
@@ -68,7 +68,7 @@ class GrammarMatcher:
         """The answer so far satisfies the grammar."""
         return self.failure is None and bool(self._inner.is_accepting())
 
-    def accept(self, token: int) -> None:
+    def push(self, token: int) -> None:
         """Go on with a token that the last mask allowed. A token that does not fit makes the matcher fail."""
         if self.is_finished or self.failure is not None:
             self.failure = self.failure or f"token {token} came after the grammar was finished"
@@ -78,7 +78,7 @@ class GrammarMatcher:
             self.failure = _one_line(self._inner.get_error())
 
     def rollback(self, num_tokens: int) -> None:
-        """Take the last `num_tokens` accepted tokens back."""
+        """Take the last `num_tokens` tokens back."""
         if self._is_stopped and num_tokens:
             self._is_stopped = False
             num_tokens -= 1
