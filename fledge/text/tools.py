@@ -82,6 +82,8 @@ class Tool:
             return reduce_schema({"type": "object", "x-guidance": _SPELLING})
 
 
+_NO_BRACE = r"\s*[^{\s](.|\n)*"  # a text that does not begin with one
+
 # Calls are spelled with or without a space after a comma and a colon: both stand in training data.
 _SPELLING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
@@ -154,7 +156,7 @@ def call_grammar(
 
 def _call_rules(tools: Sequence[Tool], style: CallStyle, is_auto: bool, is_parallel: bool) -> Iterator[str]:
     if style.is_whole_message:
-        yield r"start: call | /[^{](.|\n)*/" if is_auto else "start: call"
+        yield rf"start: call | /{_NO_BRACE}/" if is_auto else "start: call"
     elif is_auto:
         # A lazy rule ends as soon as it can: what opens a call is never swallowed by the text.
         yield r"start: (opened call)* said" if is_parallel else "start: said | opened call"
@@ -172,7 +174,7 @@ def _call_rules(tools: Sequence[Tool], style: CallStyle, is_auto: bool, is_paral
 
 def _without_calls(style: CallStyle) -> str:
     if style.is_whole_message:
-        return r"start: /([^{](.|\n)*)?/"
+        return f"start: /({_NO_BRACE})?/"
     opening = _escaped(style.open.strip())
     return f"start: SAID\nSAID: /(.|\\n)*/ & ~/(?s:.*){opening}(?s:.*)/"
 
@@ -346,7 +348,9 @@ def read_calls(text: str, style: CallStyle, names: Collection[str]) -> Message:
     parts: list[TextPart | CallPart] = []
     for piece in [*reader.push(text), *reader.finish()]:
         last = parts[-1] if parts else None
-        if isinstance(piece, str):
+        if isinstance(piece, str) and isinstance(last, TextPart):
+            parts[-1] = TextPart(last.text + piece)
+        elif isinstance(piece, str):
             parts.append(TextPart(piece))
         elif piece.name is not None:
             parts.append(CallPart(piece.name, piece.arguments, piece.id))
