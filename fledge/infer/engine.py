@@ -1,6 +1,6 @@
 """The engine: many requests at once over one model, for serving, RL rollouts and evals alike.
 
-Request -> `submit` -> an `Answer` each -> scheduler.plan -> runner.run -> choosing.choose -> scheduler.commit -> events.
+Request -> `submit` -> its answers -> scheduler.plan -> runner.run -> choosing.choose -> scheduler.commit -> events.
 Sources: Kwon et al. 2023 (paged memory), Yu et al. 2022 (continuous batching); the other files of this folder name
 their own. The oracle is naive.py: an answer has the same tokens there, whatever else the engine does meanwhile.
 
