@@ -1,7 +1,7 @@
 """The values that hold tensors: what objectives make of examples, what they return, what RL hands to them.
 
-Shape suffixes: B rows, T positions, N sequences. `segments` number the documents packed into a row from 1; 0 marks
-padding. `counts` are known when a batch is collated, so that a step can divide sums by the count of the whole
+Shape suffixes: B rows, T positions, N sequences, P pairs. `segments` number the documents packed into a row from 1; 0
+marks padding. `counts` are known when a batch is collated, so that a step can divide sums by the count of the whole
 batch before it has seen every micro-batch (train/loop.py).
 """
 
@@ -85,6 +85,40 @@ class RankingBatch(_Tensors):
 
 
 @dataclass(frozen=True)
+class PreferenceBatch(_Tensors):
+    """Completions, one row each, and the pairs that are compared; a completion of several pairs has one row."""
+
+    tokens_NT: Tensor  # int64: prompt and completion, padded on the right
+    segments_NT: Tensor  # int32: 1 on real tokens, 0 on padding
+    mask_NT: Tensor  # float32: 1 on the completion's tokens
+    first_P: Tensor  # int64: row of the first completion of a pair
+    second_P: Tensor  # int64
+    preference_P: Tensor  # float32: probability that the first one is preferred
+    weight_P: Tensor  # float32: how much a pair counts
+    reference_N: Tensor | None = None  # float32: reference log-probability of each completion
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        return {"preference": float(self.weight_P.sum())}
+
+
+@dataclass(frozen=True)
+class VerdictBatch(_Tensors):
+    """Completions judged one by one (KTO), one row each, then as many prompts with another prompt's completion."""
+
+    tokens_NT: Tensor  # int64: the judged rows, then the mismatched ones; padded on the right
+    segments_NT: Tensor  # int32: 1 on real tokens, 0 on padding
+    mask_NT: Tensor  # float32: 1 on the completion's tokens
+    desirable_B: Tensor  # bool: the verdict on each of the first B rows
+    reference_N: Tensor | None = None  # float32: reference log-probability of each row's completion
+    baseline: Tensor | None = None  # float32 scalar: z_0 of the whole batch, if it was computed beforehand
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        return {"kto": float(len(self.desirable_B))}
+
+
+@dataclass(frozen=True)
 class Rollout(_Tensors):
     """Sampled episodes with everything a policy update reads. Prompts stand left-padded before the responses.
 
@@ -118,3 +152,21 @@ class Rollout(_Tensors):
             if isinstance(getattr(self, field.name), Tensor)
         }
         return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
+class GroupRollout(Rollout):
+    """Episodes in groups that answer the same prompt: no value function, so values and returns are 0.
+
+    `weights_BT` says how much an action counts and `shares_B` how much an episode adds to the count that the sum is
+    divided by: together they are the normalisation of the loss (rl/groups.py).
+    """
+
+    group_B: Tensor  # int64: which group an episode belongs to
+    weights_BT: Tensor  # float32; 0 wherever there is no action
+    shares_B: Tensor  # float32
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        count = float(self.shares_B.sum())
+        return {"policy": count, "kl": count}

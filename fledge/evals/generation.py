@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Generator = Callable[[Sequence[Tokens]], Sequence[Completion]]
 """Prompts as token ids -> one completion each, drawn at temperature 1 without filters."""
 
-# exp(20) overflows nothing; a token that far off is a bug or lost anyway (the same bound as rl/kl.py).
+# exp(20) overflows nothing; a token that far off is a bug or lost anyway (the same bound as objectives/kl.py).
 MAX_LOG_RATIO = 20.0
 
 

@@ -1,6 +1,6 @@
-"""KL divergence to the reference policy: estimators, and controllers of its price beta.
+"""The price beta of the KL divergence to the reference policy: fixed, or steered towards a target.
 
-Source: Schulman 2020, "Approximating KL divergence" (k1, k2, k3); Ziegler et al. 2019 (1909.08593), section 2.2
+The estimators of the divergence are those of objectives/kl.py. Source: Ziegler et al. 2019 (1909.08593), section 2.2
 (adaptive controller).
 """
 
@@ -8,29 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from fledge.objectives.kl import k1, k2, k3
+
+__all__ = ["KLConfig", "k1", "k2", "k3", "next_beta"]
 
 MAX_ERROR = 0.2  # Ziegler et al. 2019: the proportional error is clipped to +-0.2
-MAX_LOG_RATIO = 20.0  # exp(20) overflows nothing; a token that far off is a bug or lost anyway
-
-
-def k1(delta: Tensor) -> Tensor:
-    """`delta` = log pi - log pi_ref of sampled tokens: unbiased, noisy, may be negative. The one used as reward."""
-    return delta
-
-
-def k2(delta: Tensor) -> Tensor:
-    """delta^2 / 2: biased, low variance. As a LOSS it is the right one: its expected gradient is that of the KL.
-
-    The expected gradient of k1 is zero, that of k3 is the gradient of the reverse divergence.
-    """
-    return 0.5 * delta.square()
-
-
-def k3(delta: Tensor) -> Tensor:
-    """exp(-delta) - 1 + delta: unbiased and never negative. The one to look at."""
-    clamped = delta.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return (-clamped).exp() - 1 + clamped
 
 
 @dataclass(frozen=True)
