@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class Chat:
         prompt = self.speaker.chat_prompt(asked, self._params.max_tokens)
         said = ""
         try:
-            for event in self.speaker.stream(prompt, self._params, self._generator):
+            seed = int(torch.randint(2**62, (), generator=self._generator))
+            for event in self.speaker.stream(prompt, replace(self._params, seed=seed)):
                 said += event.text
                 print(printable(event.text), end="", flush=True)
         except KeyboardInterrupt:

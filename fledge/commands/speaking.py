@@ -8,26 +8,24 @@ from __future__ import annotations
 import argparse
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fledge.errors import RunError, UserError
 from fledge.formats.checkpoint import LoadedModel, load_model
-from fledge.infer.naive import generate, stream
+from fledge.infer.engine import Engine, EngineConfig
 from fledge.recipes.measure import read_plan, run_of
 from fledge.recipes.runs import resolve_model
 from fledge.registry import family
 from fledge.text.chat import ChatRenderer, normalise
-from fledge.text.tokenizer import StreamDecoder
 from fledge.train.device import default_device
-from fledge.types import Completion, Conversation, SamplingParams, TokenEvent
+from fledge.types import Completion, Conversation, Request, SamplingParams, TokenEvent
 
 MAX_ANSWER_TOKENS = 256  # where nobody asked for a length and the context leaves room
 # A little colder than training's 1: small models wander. Both values are customary for chat.
 TEMPERATURE, TOP_P = 0.8, 0.95
+CACHE_BYTES = 256 << 20  # of keys and values: room for 11,000 positions of SmolLM2-135M in float32
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Speaker:
     name: str
     loaded: LoadedModel
     context: int | None
+    engine: Engine
 
     def answer_tokens(self, asked: int | None) -> int:
         """How long an answer may become: as asked, else half of the context but not more than MAX_ANSWER_TOKENS."""
@@ -56,26 +55,42 @@ class Speaker:
         return (self.loaded.tokenizer.end_of_text_id, *self.loaded.tokenizer.encode(text))
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt; the i-th draws with seed `params.seed + i`."""
-        model: Any = self.loaded.model
-        tokenizer = self.loaded.tokenizer
-        stop_ids = self.loaded.renderer.stop_ids
-        return generate(model, prompts, params, stop_ids=stop_ids, pad_id=tokenizer.pad_id, decode=tokenizer.decode)
+        """One completion a prompt; the i-th draws with seed `params.seed + i`. `UserError` if the model is damaged."""
+        asked = [
+            self._request(prompt, replace(params, seed=params.seed + i), str(i)) for i, prompt in enumerate(prompts)
+        ]
+        completions = [completion for (completion,) in self.engine.generate(asked)]
+        for completion in completions:
+            _refuse_damaged(completion.finish_reason, len(completion.ids))
+        return completions
 
-    def stream(
-        self, prompt: Sequence[int], params: SamplingParams, generator: torch.Generator | None = None
-    ) -> Iterator[TokenEvent]:
-        """One completion as it comes; the same as `generate`'s for the same seed."""
-        model: Any = self.loaded.model
-        tokenizer = self.loaded.tokenizer
-        return stream(
-            model,
-            prompt,
-            params,
-            stop_ids=self.loaded.renderer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            decoder=StreamDecoder(tokenizer),
-            generator=generator,
+    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
+        """One completion as it comes; the same as `generate`'s for the same seed. Leaving it early ends the answer.
+
+        Errors as for `generate`, those about the prompt at the call.
+        """
+        request = self._request(prompt, params, "stream")
+        self.engine.submit(request)
+        return self._events(request.id)
+
+    def _events(self, request_id: str) -> Iterator[TokenEvent]:
+        try:
+            while self.engine.has_work:
+                for number, event in enumerate(self.engine.step()):
+                    _refuse_damaged(event.finish_reason, number)
+                    yield event
+        finally:
+            self.engine.cancel(request_id)
+            self.engine.step()
+
+    def _request(self, prompt: Sequence[int], params: SamplingParams, request_id: str) -> Request:
+        return Request(request_id, tuple(prompt), params, stop_ids=self.loaded.renderer.stop_ids)
+
+
+def _refuse_damaged(reason: str | None, position: int) -> None:
+    if reason == "error":
+        raise UserError(
+            f"the model's prediction for token {position} is not a number; its weights are damaged, raise it again"
         )
 
 
@@ -85,7 +100,8 @@ def load_speaker(name: str, runs: Path) -> Speaker:
     loaded = load_model(directory, device=default_device())
     if family(loaded.info.family).kind != "causal":
         raise RunError(f"{directory}: a {loaded.info.family} model gives no answers; name a stage that does")
-    return Speaker(name, loaded, _context(loaded))
+    model: Any = loaded.model
+    return Speaker(name, loaded, _context(loaded), Engine(model, loaded.tokenizer, EngineConfig(CACHE_BYTES)))
 
 
 def within(renderer: ChatRenderer, conversation: Conversation, room: int | None, max_tokens: int) -> tuple[int, ...]:

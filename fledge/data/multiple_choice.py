@@ -76,7 +76,7 @@ def benchmark(name: str) -> Benchmark:
 def questions(name: str, *, cache: Path) -> list[MultipleChoice]:
     """All questions of a benchmark that have a gold answer among their choices, in the order of the file."""
     row = benchmark(name)
-    lines = member_text(PACKAGE, row.member, cache).splitlines()
+    lines = member_text(PACKAGE, row.member, cache).split("\n")
     read = (_question(json.loads(line), row, number) for number, line in enumerate(lines) if line.strip())
     return [question for question in read if question is not None]
 

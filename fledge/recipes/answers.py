@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fledge.batches import RankingBatch
 from fledge.formats.checkpoint import LoadedModel
-from fledge.infer.naive import generate
 from fledge.models.scalar import ScalarModel
 from fledge.objectives.ranking import last_scores
+from fledge.rl.sampler import EngineSampler
 from fledge.text.chat import ChatRenderer
 from fledge.train.device import precision
 from fledge.types import Completion, Conversation, SamplingParams
@@ -71,17 +70,10 @@ def judge(model: ScalarModel, renderer: ChatRenderer, asked: Asked, completions:
 def _sampled(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], asked: Asked, stop_ids: Sequence[int], seed: int
 ) -> list[Completion]:
-    model: Any = loaded.model
+    sampler = EngineSampler(loaded.tokenizer, frozenset(stop_ids))
     with precision(next(loaded.model.parameters()).device):
-        return generate(
-            model,
-            prompts,
-            SamplingParams(max_tokens=asked.max_tokens),
-            stop_ids=stop_ids,
-            pad_id=loaded.tokenizer.pad_id,
-            decode=loaded.tokenizer.decode,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        params = SamplingParams(max_tokens=asked.max_tokens)
+        return sampler(loaded.model, prompts, params, torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from fledge.data.filters import document_key
 from fledge.data.package import cache_home
 from fledge.errors import UserError
 from fledge.files import write_json
-from fledge.infer.naive import generate
 from fledge.models.ngram import fit_orders
 from fledge.objectives.next_token import NextToken, next_token_sums
 from fledge.recipes.plan import FitPlan, RingPlan
@@ -34,6 +33,8 @@ from fledge.recipes.ring import versions
 from fledge.recipes.stage_ppo import COMPILED_FROM_EPISODES
 from fledge.recipes.stage_reward import COMPILED_FROM_STEPS
 from fledge.recipes.training import initialised, step_flops
+from fledge.rl.sampler import EngineSampler
+from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
 from fledge.train.compile import compiled, resolve
 from fledge.train.device import default_device, raise_malloc_thresholds
 from fledge.train.loop import train_step
@@ -146,12 +147,13 @@ def _forward_seconds(model: nn.Module, fit: FitPlan) -> float:
 
 def _decode_seconds(model: nn.Module, plan: RingPlan) -> float:
     """Of one step for a round's episodes; the pass over the prompts is part of it."""
-    any_model: Any = model
-    prompts = [[2] * (plan.ppo.prompt_length // 2)] * plan.ppo.episodes
+    prompts = [[2 + place % 200] * (plan.ppo.prompt_length // 2) for place in range(plan.ppo.episodes)]
     params = SamplingParams(max_tokens=plan.ppo.response_length)
+    tokenizer = train_tokenizer(["any"], TokenizerConfig(vocab_size=300))  # what a token says costs nothing here
+    sampler = EngineSampler(tokenizer, frozenset())
 
     def decode() -> object:
-        return generate(any_model, prompts, params, stop_ids=(), pad_id=1, decode=lambda ids: "")
+        return sampler(model, prompts, params, torch.Generator().manual_seed(0))
 
     return min(_timed(decode) for _ in range(2)) / plan.ppo.response_length
 

@@ -20,7 +20,8 @@ from fledge.recipes.stage_text import mixed
 from fledge.recipes.training import Context, Keeper, next_token, record_step, save_stage_model, step_flops
 from fledge.rl.actors import Actors
 from fledge.rl.ppo import PPO, PPOConfig, PretrainMix, Round, World
-from fledge.rl.rollout import Episodes, Regions, RewardModelScorer, naive_sampler
+from fledge.rl.rollout import Episodes, Regions, RewardModelScorer
+from fledge.rl.sampler import EngineSampler
 from fledge.train.compile import compiled
 from fledge.train.metrics import JsonLines
 from fledge.types import Metrics
@@ -90,7 +91,7 @@ def _world(context: Context, plan: PPOConfig, sft: LoadedModel, reward_model: Sc
         pad_id=pad_id,
         stop_ids=stop_ids,
         end_id=sft.renderer.end_id,
-        sampler=naive_sampler(pad_id=pad_id, stop_ids=stop_ids, decode=sft.tokenizer.decode),
+        sampler=EngineSampler(sft.tokenizer, stop_ids),
         scorer=RewardModelScorer(reward_model, region=regions.scores),
         pretrain=_pretrain_mix(context, texts) if plan.pretrain_weight else None,
         regions=regions,
@@ -171,7 +172,7 @@ def _report(context: Context) -> dict[str, Any]:
         "facts": (
             Fact("episodes", context.plan.ppo.rounds * context.plan.ppo.episodes),
             Fact("KL to the SFT model", last["kl"], "nats an answer"),
-            Fact("largest gap between sampler and trainer", max(r["sampler_gap_max"] for r in rounds), "probability"),
+            Fact("largest gap between engine and trainer", max(r["sampler_logprob_gap"] for r in rounds), "nats"),
         ),
         "curves": (Curve("Proxy and gold reward", "square root of KL", "score", series),),
     }

@@ -73,8 +73,9 @@ def gold_stage(context: Context) -> None:
 
 
 def read_rankings(context: Context, name: str) -> list[Ranking]:
-    path = context.run / "rankings" / f"{name}.jsonl"
-    return [from_json(Ranking, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Read as a file, not by `splitlines`: an answer may hold a line break of Unicode's, and JSON leaves it as it is.
+    with (context.run / "rankings" / f"{name}.jsonl").open(encoding="utf-8", newline="\n") as lines:
+        return [from_json(Ranking, json.loads(line)) for line in lines]
 
 
 def _prompts(context: Context, sft: LoadedModel, name: str) -> list[Prompt]:

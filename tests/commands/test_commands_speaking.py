@@ -289,5 +289,5 @@ def test_an_answer_takes_half_of_what_the_model_reads_unless_asked(runs):
     assert speaker.context == POSITIONS
     assert speaker.answer_tokens(None) == POSITIONS // 2
     assert speaker.answer_tokens(7) == 7
-    unlimited = speaking.Speaker("x", speaker.loaded, None)
+    unlimited = speaking.Speaker("x", speaker.loaded, None, speaker.engine)
     assert unlimited.answer_tokens(None) == speaking.MAX_ANSWER_TOKENS

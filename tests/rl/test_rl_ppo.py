@@ -38,7 +38,8 @@ BUSY = replace(
 )
 FIGURES = """
 round beta lr_scale kl kl_k3 kl_per_token entropy score_mean score_std shaped_score_mean shaped_score_std
-episode_reward response_length end_rate explained_variance return_mean sampler_gap sampler_gap_max approx_kl
+episode_reward response_length end_rate explained_variance return_mean sampler_gap sampler_gap_max
+sampler_logprob_gap approx_kl
 clip_fraction ratio_min ratio_max ratio_gap grad_norm value_grad_norm value value_error value_clip_fraction
 loss/policy loss/value loss/next_token
 """

@@ -69,6 +69,7 @@ def test_c25_sampler_gap_is_the_mean_difference_of_probabilities_over_actions():
     gap = sampler_gap(rollout(old_logprobs=old, sampler=sampler))
     assert gap["sampler_gap"] == pytest.approx((0.0 + 0.25 + 0.1) / 3)
     assert gap["sampler_gap_max"] == pytest.approx(0.25)
+    assert gap["sampler_logprob_gap"] == pytest.approx(math.log(2))
 
 
 def test_update_figures_keep_extremes_and_the_first_gap_and_average_the_rest():
