@@ -91,9 +91,8 @@ class LoraLinear(nn.Module):
         bound = math.sqrt(1 / self.in_features)  # as nn.Linear draws its weight, and PEFT its A
         with torch.no_grad():
             self.a.uniform_(-bound, bound, generator=generator)
-        self._kept: list[
-            nn.Parameter
-        ] = []  # the weight before `merge`; in a list, so that it is no parameter of ours
+        # The weight before `merge`; in a list, so that it is no parameter of ours.
+        self._kept: list[nn.Parameter] = []
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -108,15 +107,13 @@ class LoraLinear(nn.Module):
         weight = getattr(self.base, "weight", None)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise UserError(
-                f"an adapter cannot be merged into '{name}', which is quantised; merge it into the original"
+                f"an adapter cannot be merged into '{name}', which is quantised; merge it before quantising"
             )
-        if self._unmerged is None:
+        if not self._kept:
             delta = (self.b.double() @ self.a.double()) * self.scale
             merged = (weight.double() + delta).to(weight.dtype)
-            self._unmerged, self.base.weight = (
-                weight,
-                nn.Parameter(merged, requires_grad=weight.requires_grad),
-            )
+            self._kept.append(weight)
+            self.base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
 
     def unmerge(self) -> None:
         """The weight as it was before `merge`, bit for bit."""
@@ -322,8 +319,9 @@ def _plain_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers by their names, those within wrappers by the wrapper's."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        plain = module.base if isinstance(module, AdapterLinear) else module
-        if isinstance(plain, Linear) and name.rpartition(".")[0] not in found:
+        plain: nn.Module = module.base if isinstance(module, AdapterLinear) else module
+        is_linear = isinstance(plain, Linear)
+        if is_linear and name.rpartition(".")[0] not in found:
             found[name] = plain
     return found
 
