@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHANNELS = 32  # output channels side by side in packed weights; kernels/kernels.h
+# Output channels side by side in packed weights; kernels/kernels.h.
+INT8_CHANNELS, INT4_CHANNELS = 32, 16
 GROUP = 32  # inputs that share a scale in 4-bit weights
 QMAX = 127.0
 LEAST = 1e-30  # kernels/activations.h
@@ -53,10 +54,10 @@ def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | No
 def unpack_int4(packed: Tensor, num_channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """(nibbles_NGI uint8 0..15, scales_NG, minima_NG float16) from the layout of `kernels.pack_int4`; I = 32."""
     num_blocks, num_groups, _ = packed.shape
-    nibbles, numbers = packed.split([16 * CHANNELS, 4 * CHANNELS], dim=-1)
-    both = nibbles.reshape(num_blocks, num_groups, 4, CHANNELS, 4).permute(0, 3, 1, 2, 4).flatten(3)
+    nibbles, numbers = packed.split([16 * INT4_CHANNELS, 4 * INT4_CHANNELS], dim=-1)
+    both = nibbles.reshape(num_blocks, num_groups, 4, INT4_CHANNELS, 4).permute(0, 3, 1, 2, 4).flatten(3)
     nibbles_NGI = torch.cat((both & 15, both >> 4), dim=-1).flatten(0, 1)
-    halves = numbers.contiguous().view(torch.float16).reshape(num_blocks, num_groups, 2, CHANNELS)
+    halves = numbers.contiguous().view(torch.float16).reshape(num_blocks, num_groups, 2, INT4_CHANNELS)
     scales_NG, minima_NG = halves.permute(2, 0, 3, 1).flatten(1, 2)
     return nibbles_NGI[:num_channels], scales_NG[:num_channels], minima_NG[:num_channels]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fledge.infer import kernel_twins as twins
 from fledge.infer.kernel_build import BuildError, discard, library
-from fledge.infer.kernel_twins import CHANNELS, GROUP
+from fledge.infer.kernel_twins import GROUP, INT4_CHANNELS, INT8_CHANNELS
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ def load() -> Kernels:
 def pack_int8(weight_NK: Tensor) -> Tensor:
     """uint8 (N/32, K/4, 32, 4), both rounded up: int8 weights as kernels/linear_int8.cpp reads them."""
     assert weight_NK.dtype == torch.int8, weight_NK.dtype
-    filled_NK = F.pad(weight_NK, (0, -weight_NK.shape[1] % INPUTS_MULTIPLE, 0, -weight_NK.shape[0] % CHANNELS))
+    filled_NK = F.pad(weight_NK, (0, -weight_NK.shape[1] % INPUTS_MULTIPLE, 0, -weight_NK.shape[0] % INT8_CHANNELS))
     bytes_NK = (filled_NK.to(torch.int16) + 128).to(torch.uint8)
-    num_blocks, num_fours = bytes_NK.shape[0] // CHANNELS, bytes_NK.shape[1] // 4
-    return bytes_NK.reshape(num_blocks, CHANNELS, num_fours, 4).transpose(1, 2).contiguous()
+    num_blocks, num_fours = bytes_NK.shape[0] // INT8_CHANNELS, bytes_NK.shape[1] // 4
+    return bytes_NK.reshape(num_blocks, INT8_CHANNELS, num_fours, 4).transpose(1, 2).contiguous()
 
 
 def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -84,21 +84,21 @@ def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | No
 
 
 def pack_int4(nibbles_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor) -> Tensor:
-    """uint8 (N/32, G, 640), N rounded up: weights q x scale + minimum as kernels/linear_int4.cpp reads them.
+    """uint8 (N/16, G, 320), N rounded up: weights q x scale + minimum as kernels/linear_int4.cpp reads them.
 
     `nibbles_NGI` uint8 0..15, in groups of I = 32 inputs; scales and minima float16.
     """
     assert nibbles_NGI.dtype == torch.uint8, nibbles_NGI.dtype
     assert nibbles_NGI.shape[2] == GROUP, nibbles_NGI.shape
     assert scales_NG.dtype == minima_NG.dtype == torch.float16, (scales_NG.dtype, minima_NG.dtype)
-    missing = -nibbles_NGI.shape[0] % CHANNELS
+    missing = -nibbles_NGI.shape[0] % INT4_CHANNELS
     nibbles_NGI, scales_NG, minima_NG = (
         torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) for x in (nibbles_NGI, scales_NG, minima_NG)
     )
     low, high = nibbles_NGI.chunk(2, dim=-1)
-    num_blocks, num_groups = len(nibbles_NGI) // CHANNELS, nibbles_NGI.shape[1]
-    both = (low | high << 4).reshape(num_blocks, CHANNELS, num_groups, 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
-    numbers = torch.stack((scales_NG, minima_NG)).reshape(2, num_blocks, CHANNELS, num_groups).permute(1, 3, 0, 2)
+    num_blocks, num_groups = len(nibbles_NGI) // INT4_CHANNELS, nibbles_NGI.shape[1]
+    both = (low | high << 4).reshape(num_blocks, INT4_CHANNELS, num_groups, 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
+    numbers = torch.stack((scales_NG, minima_NG)).reshape(2, num_blocks, INT4_CHANNELS, num_groups).permute(1, 3, 0, 2)
     return torch.cat((both, numbers.contiguous().view(torch.uint8).flatten(2)), dim=-1)
 
 

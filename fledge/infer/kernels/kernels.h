@@ -6,7 +6,9 @@
 
 namespace fledge {
 
-constexpr int CHANNELS = 32;  // output channels side by side in a block of packed weights
+// Output channels side by side in a block of packed weights.
+constexpr int INT8_CHANNELS = 32;
+constexpr int INT4_CHANNELS = 16;
 // Work below this many bytes of weights is not worth waking a thread for.
 constexpr int64_t TASK_BYTES = 65536;
 

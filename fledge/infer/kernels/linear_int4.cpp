@@ -1,9 +1,9 @@
 // y = x W^T + b with 4-bit weights in groups of 32 inputs, w = q * scale + minimum (what GGUF calls Q4_1; Q4_0 is the
 // case minimum = -8 * scale), and int8 activations with a scale for each group of a row. Scales are half precision.
 //
-// Packed: blocks of 32 channels; in a block, group after group, 640 bytes each: four times 128 bytes that hold, for
-// every channel, four inputs in the low halves and the four inputs 16 further on in the high halves; then 32 scales and
-// 32 minima. Sums within a group are exact integers; groups are added up in their order whatever the tile, so a row's
+// Packed: blocks of 16 channels; in a block, group after group, 320 bytes each: four times 64 bytes that hold, for
+// every channel, four inputs in the low halves and the four inputs 16 further on in the high halves; then 16 scales and
+// 16 minima. Sums within a group are exact integers; groups are added up in their order whatever the tile, so a row's
 // result is the same to the last bit in every batch and with any number of threads.
 
 #include <ATen/Parallel.h>
@@ -18,11 +18,13 @@
 namespace fledge {
 namespace {
 
-constexpr int64_t QUADS = 4;  // times 128 bytes of a group
+constexpr int CHANNELS = INT4_CHANNELS;
+static_assert(CHANNELS == FLOATS);
+constexpr int64_t QUADS = 4;  // times 64 bytes of a group
 constexpr int64_t QUAD_BYTES = 4 * CHANNELS;
 constexpr int64_t GROUP_BYTES = QUADS * QUAD_BYTES + 4 * CHANNELS;
-constexpr int MAX_ROWS = LANES == 16 ? 8 : 2;
-constexpr int HALVES = CHANNELS / FLOATS;
+// As many rows at once as their sums fit into the registers beside the weights of a group.
+constexpr int MAX_ROWS = LANES == 16 ? 12 : 2;
 
 struct Activations {
   std::vector<int8_t> bytes;   // (rows, width)
@@ -58,65 +60,54 @@ F32 halves(const uint8_t* from) {
 #endif
 }
 
-// The sums of one group for FLOATS channels beginning at `channel`, one row after the other, as floats.
+// The sums of one group, row by row, as floats.
 template <int ROWS>
-void group_sums(const uint8_t* group, int channel, const int8_t* x, int64_t stride, F32 (&out)[ROWS]) {
+INLINE inline void group_sums(const uint8_t* group, const int8_t* x, int64_t stride, F32 (&out)[ROWS]) {
   constexpr int VECTORS = FLOATS / LANES;
-  alignas(64) int32_t integers[ROWS][FLOATS];
-  for (int v = 0; v < VECTORS; ++v) {
+  I32 whole[ROWS][VECTORS];
+  unrolled<VECTORS>([&](auto v) INLINE {
     Bytes low[QUADS], high[QUADS];
-    for (int j = 0; j < QUADS; ++j) {
-      const Bytes both = load_bytes(group + j * QUAD_BYTES + 4 * (channel + v * LANES));
+    unrolled<QUADS>([&](auto j) INLINE {
+      const Bytes both = load_bytes(group + j * QUAD_BYTES + 4 * v * LANES);
       low[j] = low_nibbles(both);
       high[j] = high_nibbles(both);
-    }
-    for (int r = 0; r < ROWS; ++r) {
+    });
+    unrolled<ROWS>([&](auto r) INLINE {
       I32 acc = zero();
-      for (int j = 0; j < QUADS; ++j) acc = dot(acc, low[j], shared(x + r * stride + 4 * j));
-      for (int j = 0; j < QUADS; ++j) acc = dot(acc, high[j], shared(x + r * stride + GROUP / 2 + 4 * j));
-      store(integers[r] + v * LANES, acc);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    I32x16 whole;
-    std::memcpy(&whole, integers[r], sizeof whole);
-    out[r] = __builtin_convertvector(whole, F32);
-  }
+      unrolled<QUADS>([&](auto j) INLINE { acc = dot(acc, low[j], shared(x + r * stride + 4 * j)); });
+      unrolled<QUADS>([&](auto j) INLINE { acc = dot(acc, high[j], shared(x + r * stride + GROUP / 2 + 4 * j)); });
+      whole[r][v] = acc;
+    });
+  });
+  unrolled<ROWS>([&](auto r) INLINE { out[r] = to_floats(whole[r]); });
 }
 
 template <int ROWS>
 void tile(const uint8_t* w, const Problem& problem, int64_t row, int64_t first) {
   const int64_t num_groups = problem.num_groups, stride = num_groups * GROUP;
   const int8_t* x = problem.bytes + row * stride;
-  F32 acc[ROWS][HALVES] = {};
+  F32 acc[ROWS];
+  unrolled<ROWS>([&](auto r) INLINE { acc[r] = F32{}; });
   for (int64_t g = 0; g < num_groups; ++g) {
     const uint8_t* group = w + g * GROUP_BYTES;
-    for (int h = 0; h < HALVES; ++h) {
-      const uint8_t* numbers = group + QUADS * QUAD_BYTES + 2 * h * FLOATS;
-      const F32 scale = halves(numbers), minimum = halves(numbers + 2 * CHANNELS);
-      F32 exact[ROWS];
-      group_sums<ROWS>(group, h * FLOATS, x + g * GROUP, stride, exact);
-      for (int r = 0; r < ROWS; ++r) {
-        const int64_t at = (row + r) * num_groups + g;
-        acc[r][h] = fma(exact[r] * fill(problem.scales[at]), scale, acc[r][h]);
-        acc[r][h] = fma(fill(problem.weighted[at]), minimum, acc[r][h]);
-      }
-    }
+    const float* scales = problem.scales + row * num_groups + g;
+    const float* weighted = problem.weighted + row * num_groups + g;
+    const F32 scale = halves(group + QUADS * QUAD_BYTES);
+    const F32 minimum = halves(group + QUADS * QUAD_BYTES + 2 * CHANNELS);
+    F32 exact[ROWS];
+    group_sums<ROWS>(group, x + g * GROUP, stride, exact);
+    unrolled<ROWS>([&](auto r) INLINE {
+      acc[r] = fma(exact[r] * fill(scales[r * num_groups]), scale, acc[r]);
+      acc[r] = fma(fill(weighted[r * num_groups]), minimum, acc[r]);
+    });
   }
+  alignas(64) float lanes[ROWS][CHANNELS];
+  unrolled<ROWS>([&](auto r) INLINE { store(lanes[r], acc[r]); });
   const int64_t count = std::min<int64_t>(CHANNELS, problem.num_channels - first);
   for (int r = 0; r < ROWS; ++r) {
-    float lanes[CHANNELS];
-    for (int h = 0; h < HALVES; ++h) store(lanes + h * FLOATS, acc[r][h]);
     float* y = problem.y + (row + r) * problem.num_channels + first;
-    for (int64_t i = 0; i < count; ++i) y[i] = problem.bias ? lanes[i] + problem.bias[first + i] : lanes[i];
+    for (int64_t i = 0; i < count; ++i) y[i] = problem.bias ? lanes[r][i] + problem.bias[first + i] : lanes[r][i];
   }
-}
-
-template <int ROWS>
-void tiles(const uint8_t* w, const Problem& problem, int64_t row, int64_t end, int64_t first) {
-  for (; row + ROWS <= end; row += ROWS) tile<ROWS>(w, problem, row, first);
-  if constexpr (ROWS > 1)
-    if (row < end) tiles<ROWS / 2>(w, problem, row, end, first);
 }
 
 Activations quantize_rows(const float* x, int64_t num_rows, int64_t x_width, int64_t num_groups) {
@@ -144,7 +135,9 @@ void linear_int4(const float* x, int64_t num_rows, int64_t x_width, const uint8_
   const int64_t num_blocks = (num_channels + CHANNELS - 1) / CHANNELS, block_bytes = num_groups * GROUP_BYTES;
   at::parallel_for(0, num_blocks, std::max<int64_t>(1, TASK_BYTES / block_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
-      tiles<MAX_ROWS>(w + block * block_bytes, problem, 0, num_rows, block * CHANNELS);
+      tiles<MAX_ROWS>(num_rows, [&](int64_t row, auto rows) {
+        tile<rows>(w + block * block_bytes, problem, row, block * CHANNELS);
+      });
   });
 }
 

@@ -17,6 +17,7 @@
 namespace fledge {
 namespace {
 
+constexpr int CHANNELS = INT8_CHANNELS;
 constexpr int VECTORS = CHANNELS / LANES;
 // As many rows at once as accumulators fit into the registers.
 constexpr int MAX_ROWS = LANES == 16 ? 12 : LANES == 8 ? 2 : 1;
@@ -46,36 +47,29 @@ void tile(const uint8_t* w, const int8_t* x, int64_t width, const Scaled& to, in
   // One row alone would wait for its own sums: it keeps several and adds them up at the end.
   constexpr int CHAINS = ROWS == 1 ? 4 : 1;
   I32 acc[ROWS][CHAINS][VECTORS];
-  for (auto& by_chain : acc)
-    for (auto& vectors : by_chain)
-      for (auto& sums : vectors) sums = zero();
+  unrolled<ROWS>([&](auto r) INLINE {
+    unrolled<CHAINS>([&](auto c) INLINE { unrolled<VECTORS>([&](auto v) INLINE { acc[r][c][v] = zero(); }); });
+  });
   for (int64_t k = 0; k < width; k += 4 * CHAINS) {
-    for (int c = 0; c < CHAINS; ++c) {
+    unrolled<CHAINS>([&](auto c) INLINE {
       const uint8_t* from = w + (k + 4 * c) * CHANNELS;
       Bytes weights[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) weights[v] = load_bytes(from + 4 * LANES * v);
-      for (int r = 0; r < ROWS; ++r) {
+      unrolled<VECTORS>([&](auto v) INLINE { weights[v] = load_bytes(from + 4 * LANES * v); });
+      unrolled<ROWS>([&](auto r) INLINE {
         const Bytes four = shared(x + r * width + k + 4 * c);
-        for (int v = 0; v < VECTORS; ++v) acc[r][c][v] = dot(acc[r][c][v], weights[v], four);
-      }
-    }
+        unrolled<VECTORS>([&](auto v) INLINE { acc[r][c][v] = dot(acc[r][c][v], weights[v], four); });
+      });
+    });
   }
-  for (int r = 0; r < ROWS; ++r) {
-    int32_t sums[CHANNELS];
-    for (int v = 0; v < VECTORS; ++v) {
+  alignas(64) int32_t sums[ROWS][CHANNELS];
+  unrolled<ROWS>([&](auto r) INLINE {
+    unrolled<VECTORS>([&](auto v) INLINE {
       I32 total = acc[r][0][v];
       for (int c = 1; c < CHAINS; ++c) total = add(total, acc[r][c][v]);
-      store(sums + LANES * v, total);
-    }
-    finish(sums, to, row + r, first);
-  }
-}
-
-template <int ROWS>
-void tiles(const uint8_t* w, const int8_t* x, int64_t width, const Scaled& to, int64_t row, int64_t end, int64_t first) {
-  for (; row + ROWS <= end; row += ROWS) tile<ROWS>(w, x + row * width, width, to, row, first);
-  if constexpr (ROWS > 1)
-    if (row < end) tiles<ROWS / 2>(w, x, width, to, row, end, first);
+      store(sums[r] + LANES * v, total);
+    });
+  });
+  for (int r = 0; r < ROWS; ++r) finish(sums[r], to, row + r, first);
 }
 
 }  // namespace
@@ -96,7 +90,9 @@ void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_
   const int64_t blocks_a_task = std::max<int64_t>(1, TASK_BYTES / (CHANNELS * width));
   at::parallel_for(0, num_blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
-      tiles<MAX_ROWS>(w + block * CHANNELS * width, bytes.data(), width, to, 0, num_rows, block * CHANNELS);
+      tiles<MAX_ROWS>(num_rows, [&](int64_t row, auto rows) {
+        tile<rows>(w + block * CHANNELS * width, bytes.data() + row * width, width, to, row, block * CHANNELS);
+      });
   });
 }
 

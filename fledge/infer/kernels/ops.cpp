@@ -25,10 +25,10 @@ Tensor linear_int8(const Tensor& x, const Tensor& w, const Tensor& scales, const
   const Tensor rows = x.contiguous();
   const int64_t x_width = rows.size(-1), width = w.size(1) * 4, num_channels = scales.size(0);
   TORCH_CHECK(rows.scalar_type() == at::kFloat, "fledge::linear_int8: x must be float32");
-  TORCH_CHECK(w.dim() == 4 && w.size(2) == fledge::CHANNELS && w.size(3) == 4 && w.is_contiguous() &&
+  TORCH_CHECK(w.dim() == 4 && w.size(2) == fledge::INT8_CHANNELS && w.size(3) == 4 && w.is_contiguous() &&
                   scales.is_contiguous() && (!bias.has_value() || bias->is_contiguous()),
               "fledge::linear_int8: weights are not packed");
-  TORCH_CHECK(x_width <= width && width < x_width + 16 && num_channels <= w.size(0) * fledge::CHANNELS &&
+  TORCH_CHECK(x_width <= width && width < x_width + 16 && num_channels <= w.size(0) * fledge::INT8_CHANNELS &&
                   (!bias.has_value() || bias->size(0) == num_channels),
               "fledge::linear_int8: shapes differ");
   Tensor y = with_last(rows, num_channels);
@@ -42,11 +42,11 @@ Tensor linear_int4(const Tensor& x, const Tensor& w, int64_t num_channels, const
   const Tensor rows = x.contiguous();
   const int64_t x_width = rows.size(-1), num_groups = w.size(1);
   TORCH_CHECK(rows.scalar_type() == at::kFloat, "fledge::linear_int4: x must be float32");
-  TORCH_CHECK(w.dim() == 3 && w.size(2) == 20 * fledge::CHANNELS && w.is_contiguous() &&
+  TORCH_CHECK(w.dim() == 3 && w.size(2) == 20 * fledge::INT4_CHANNELS && w.is_contiguous() &&
                   (!bias.has_value() || bias->is_contiguous()),
               "fledge::linear_int4: weights are not packed");
   TORCH_CHECK((x_width + fledge::GROUP - 1) / fledge::GROUP == num_groups &&
-                  num_channels <= w.size(0) * fledge::CHANNELS && (!bias.has_value() || bias->size(0) == num_channels),
+                  num_channels <= w.size(0) * fledge::INT4_CHANNELS && (!bias.has_value() || bias->size(0) == num_channels),
               "fledge::linear_int4: shapes differ");
   Tensor y = with_last(rows, num_channels);
   if (y.numel() > 0)

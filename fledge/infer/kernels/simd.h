@@ -9,12 +9,41 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace fledge {
+
+#define INLINE __attribute__((always_inline))
+
+// f(0), ..., f(N - 1) written out, each with its number known to the compiler: sums kept in an array then stay in
+// registers, which a loop that is unrolled late does not achieve.
+template <int N, class Body>
+INLINE inline void unrolled(Body body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) INLINE {
+    (body(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// body(number), with a number from 1 to MAX known to the compiler.
+template <int MAX, class Body>
+inline void as_constant(int64_t number, Body body) {
+  if (number == MAX) return body(std::integral_constant<int, MAX>{});
+  if constexpr (MAX > 1) as_constant<MAX - 1>(number, body);
+}
+
+// body(first row, number of rows as a constant) over num_rows rows, as evenly as tiles of at most MAX allow.
+template <int MAX, class Body>
+inline void tiles(int64_t num_rows, Body body) {
+  for (int64_t row = 0, left = (num_rows + MAX - 1) / MAX; left > 0; --left) {
+    const int64_t count = (num_rows - row + left - 1) / left;
+    as_constant<MAX>(count, [&](auto rows) { body(row, rows); });
+    row += count;
+  }
+}
 
 constexpr int FLOATS = 16;
 typedef float F32 __attribute__((vector_size(4 * FLOATS)));
@@ -154,5 +183,12 @@ inline Bytes high_nibbles(Bytes x) {
 }
 
 #endif
+
+// Sixteen sums as floats.
+inline F32 to_floats(const I32 (&x)[FLOATS / LANES]) {
+  I32x16 whole;
+  for (int i = 0; i < FLOATS / LANES; ++i) std::memcpy((char*)&whole + i * sizeof(I32), &x[i], sizeof(I32));
+  return __builtin_convertvector(whole, F32);
+}
 
 }  // namespace fledge
