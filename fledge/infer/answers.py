@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fledge.infer.choosing import Choice, Matcher
+from fledge.infer.choosing import Choice
+from fledge.infer.grammar import GrammarMatcher
 from fledge.infer.sampling import uniforms
 from fledge.infer.sequence import Live
 from fledge.infer.shaping import Shaper
@@ -31,7 +32,7 @@ class Answer:
         index: int,
         live: Live,
         tokenizer: Tokenizer,
-        matcher: Matcher | None,
+        matcher: GrammarMatcher | None,
         device: torch.device,
     ) -> None:
         self.request, self.index, self.live = request, index, live
@@ -57,11 +58,11 @@ class Answer:
 
     def take(self, choice: Choice) -> TokenEvent:
         """The answer goes on with this token, and perhaps ends with it."""
-        if math.isnan(choice.logprob):
+        if math.isnan(choice.logprob) or (self.matcher is not None and self.matcher.failure is not None):
             return self.end("error")
         self.num_said += 1
         self.shaper.push(choice.token)
-        if self.matcher is not None and choice.token not in self.request.stop_ids:
+        if self.matcher is not None:
             self.matcher.push(choice.token)
         text, reason = self._read(choice.token)
         self.finish_reason = reason
@@ -76,6 +77,8 @@ class Answer:
         return TokenEvent(-1, 0.0, "", reason, self.request.id, self.index)
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
+        if self.matcher is not None and self.matcher.failure is not None:
+            return self._text.finish(), "error"
         if token in self.request.stop_ids:
             return self._text.finish(), "stop"
         text, is_stopped = self._text.push(token)

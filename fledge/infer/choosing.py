@@ -10,43 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fledge.infer.sampling import draw
-from fledge.infer.shaping import Shaper, apply_mask
+from fledge.infer.shaping import Shaper
 from fledge.types import SamplingParams, TokenLogprobs
-
-
-class Matcher(Protocol):
-    """A grammar that follows one answer."""
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the answer is complete and nothing can follow."""
-
-    def mask(self) -> NDArray[Any]:
-        """The tokens that may come next; see `shaping.apply_mask`."""
-
-    def push(self, token_id: int) -> None:
-        """The answer goes on with this token, one that the mask allowed."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One position whose next token is wanted. `ahead` are draft tokens between what is said and this position.
 
-    `num_top` None: the model's own log-probabilities are not wanted.
+    `allowed` (V,) bool is the grammar's word, None where there is no grammar. `num_top` None: the model's own
+    log-probabilities are not wanted.
     """
 
     params: SamplingParams
     shaper: Shaper
     uniform: float
-    matcher: Matcher | None = None
     ahead: Sequence[int] = ()
+    allowed: Tensor | None = None
     num_top: int | None = None
 
 
@@ -66,8 +52,7 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], banned: Tensor) -> list[Choic
     for scores_V, row in zip(scores_RV, rows, strict=True):
         if row.shaper.has_effect:
             row.shaper.apply(scores_V, row.ahead)
-        if row.matcher is not None:
-            apply_mask(scores_V, row.matcher.mask())
+    _hold_to_grammars(scores_RV, [row.allowed for row in rows])
     uniform_R = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits_RV.device)
     tokens_R, logprobs_R = draw(scores_RV, [row.params for row in rows], uniform_R)
     models: list[TokenLogprobs | None] = [None] * len(rows)
@@ -76,6 +61,15 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], banned: Tensor) -> list[Choic
         for place, found in zip(asked, read_logprobs(own_logprobs, tokens_R[asked], tops), strict=True):
             models[place] = found
     return [Choice(*choice) for choice in zip(tokens_R.tolist(), logprobs_R.tolist(), models, strict=True)]
+
+
+def _hold_to_grammars(scores_RV: Tensor, allowed: Sequence[Tensor | None]) -> None:
+    """Put out, in place, what a row's grammar does not allow."""
+    held = [(place, own_V) for place, own_V in enumerate(allowed) if own_V is not None]
+    if held:
+        places = [place for place, _ in held]
+        forbidden_HV = ~torch.stack([own_V for _, own_V in held]).to(scores_RV.device)
+        scores_RV[places] = scores_RV[places].masked_fill_(forbidden_HV, float("-inf"))
 
 
 def read_logprobs(logprobs_RV: Tensor, tokens_R: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:

@@ -13,20 +13,25 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fledge.errors import ConfigError, UserError
 from fledge.infer import scoring
+from fledge.infer.adapters import Adapters
 from fledge.infer.answers import Answer, Job
 from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.choosing import Choice, Row, choose, read_logprobs
+from fledge.infer.grammar import GrammarCompiler
 from fledge.infer.paged import Pages
 from fledge.infer.runner import Runner, count_blocks, probe_sites
 from fledge.infer.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from fledge.infer.sequence import Live, Span, StepPlan
 from fledge.infer.shaping import check_ids
+from fledge.layers.lora import Adapter, plain_state
 from fledge.text.tokenizer import Tokenizer
 from fledge.types import Completion, Request, TokenEvent
 
@@ -85,7 +90,8 @@ class Engine:
         self._scheduler = Scheduler(
             SchedulerConfig(num_blocks, size, self.config.max_live, self.config.max_step_tokens)
         )
-        self._runner = Runner(model, Pages(sites, num_blocks, size, self._device))
+        self._adapters = Adapters(cast(nn.Module, model))
+        self._runner = Runner(model, Pages(sites, num_blocks, size, self._device), self._adapters)
         self._jobs: dict[str, Job] = {}
         self._answers: dict[int, tuple[Job, Answer]] = {}  # by live.id
         self._outbox: list[TokenEvent] = []
@@ -164,6 +170,7 @@ class Engine:
         """The natural log-probability of every token of a row but its first, as the trainer computes it."""
         for row in rows:
             self._check_ids(row)
+        self._adapters.route()
         with self._evaluating():
             return scoring.score(self._model, rows)
 
@@ -171,6 +178,7 @@ class Engine:
         """(N, D) float32 on the CPU, of length 1: the mean of each row's hidden states, normalised."""
         for row in rows:
             self._check_ids(row)
+        self._adapters.route()
         with self._evaluating():
             return scoring.embed(self._model, rows)
 
@@ -180,7 +188,7 @@ class Engine:
         Nothing computed with the old ones is used again: the prefix cache is emptied, and answers in progress go on
         from the tokens they have. `UserError`, and nothing changed, for an unknown name or another shape.
         """
-        own = dict(self._model.state_dict(keep_vars=True))
+        own = plain_state(cast(nn.Module, self._model))
         for name, value in weights.items():
             if name not in own:
                 raise UserError(f"the model has no weight '{name}'")
@@ -191,6 +199,16 @@ class Engine:
                 own[name].copy_(value)
         self._scheduler.flush()
         self._weights_version = version
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Hold a LoRA adapter for requests that name it. `UserError` if it does not fit or the name is taken."""
+        self._adapters.load(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. `UserError` if there is none of that name or an answer in progress needs it."""
+        if any(job.request.adapter == name for job in self._jobs.values()):
+            raise UserError(f"the adapter '{name}' is in use; cancel its requests or wait for them")
+        self._adapters.unload(name)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -209,32 +227,62 @@ class Engine:
             num_prompt=len(request.prompt_ids),
             max_tokens=request.params.max_tokens,
             tenant=request.tenant,
-            salt=f"{len(request.tenant)}:{request.tenant}:{request.adapter or ''}",
+            salt=f"{len(request.tenant)}:{request.tenant}:{self._adapters.salt(request.adapter)}",
         )
         self._num_lives += 1
-        return Answer(request, index, live, self._tokenizer, None, self._device)
+        grammar = request.grammar
+        matcher = None if grammar is None else self._grammars.matcher(grammar, request.stop_ids)
+        return Answer(request, index, live, self._tokenizer, matcher, self._device)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self._tokenizer, vocab_size=self._model.vocab_size)
 
     def _run(self, plan: StepPlan) -> list[tuple[int, Span, list[Choice]]]:
         """One forward pass: for every span that draws, what follows each of its last 1 + num_draft positions."""
-        states = self._runner.run(plan.spans, [self._num_wanted(span) for span in plan.spans])
+        names = [self._answers[span.live.id][1].request.adapter for span in plan.spans]
+        states = self._runner.run(plan.spans, [self._num_wanted(span) for span in plan.spans], names)
         drawing = [(span, state) for span, state in zip(plan.spans, states, strict=True) if span.draws]
         for span, state in zip(plan.spans, states, strict=True):
             self._read_prompt(span, state)
         if not drawing:
             return []
         x_WD = torch.cat([state[-1 - span.num_draft :] for span, state in drawing])
-        rows = [row for span, _ in drawing for row in self._rows(span)]
-        choices = iter(choose(self._model.unembed(x_WD[None])[0], rows, self._banned))
+        allowed = self._allowed([span for span, _ in drawing])
+        rows = [row for span, _ in drawing for row in self._rows(span, allowed.get(span.live.id))]
+        logits_WV = self._unembed(x_WD, [(span, 1 + span.num_draft) for span, _ in drawing])
+        choices = iter(choose(logits_WV, rows, self._banned))
         return [
             (span.live.id, span, [next(choices) for _ in range(1 + span.num_draft)]) for span, _ in drawing
         ]
 
-    def _rows(self, span: Span) -> list[Row]:
+    def _unembed(self, x_WD: Tensor, owners: Sequence[tuple[Span, int]]) -> Tensor:
+        """logits_WV; `owners` says whose how many rows are, side by side."""
+        self._adapters.route([(self._answers[span.live.id][1].request.adapter, n) for span, n in owners])
+        return self._model.unembed(x_WD[None])[0]
+
+    def _allowed(self, spans: Sequence[Span]) -> dict[int, Tensor]:
+        """By live.id, the masks (1 + num_draft, V) of the answers that have a grammar."""
+        held = [(span, matcher) for span in spans if (matcher := self._answers[span.live.id][1].matcher)]
+        if not held:
+            return {}
+        drafts = [(matcher, span.live.draft[: span.num_draft]) for span, matcher in held]
+        masks = self._grammars.masks(drafts).split([1 + span.num_draft for span, _ in held])
+        return {span.live.id: own for (span, _), own in zip(held, masks, strict=True)}
+
+    def _rows(self, span: Span, allowed: Tensor | None) -> list[Row]:
         _, answer = self._answers[span.live.id]
         num_top = answer.request.top_logprobs or 0 if answer.wants_model else None
         draft = tuple(span.live.draft[: span.num_draft])
         return [
-            Row(answer.params, answer.shaper, answer.uniform(i), answer.matcher, draft[:i], num_top)
+            Row(
+                answer.params,
+                answer.shaper,
+                answer.uniform(i),
+                draft[:i],
+                None if allowed is None else allowed[i],
+                num_top,
+            )
             for i in range(1 + span.num_draft)
         ]
 
@@ -288,7 +336,7 @@ class Engine:
         job, _ = self._answers[span.live.id]
         for start in range(0, num_unread, _PROMPT_ROWS):
             x_WD = state_WD[start : min(start + _PROMPT_ROWS, num_unread)]
-            logprobs_WV = self._model.unembed(x_WD[None])[0].float().log_softmax(dim=-1)
+            logprobs_WV = self._unembed(x_WD, [(span, len(x_WD))]).float().log_softmax(dim=-1)
             place = first + start + 1
             tokens_W = torch.tensor(span.live.tokens[place : place + len(x_WD)], device=self._device)
             job.prompt += read_logprobs(logprobs_WV, tokens_W, [job.request.prompt_logprobs or 0] * len(x_WD))
@@ -304,10 +352,9 @@ class Engine:
         self._scheduler.check_fit(len(request.prompt_ids), params.max_tokens)
         if not -(2**63) <= params.seed < 2**63 - (request.best_of or request.n):
             raise UserError(f"the seed {params.seed} is not a number of 64 bits")
+        self._adapters.require(request.adapter)
         if request.grammar is not None:
-            raise UserError("this engine has no grammars")
-        if request.adapter is not None:
-            raise UserError(f"no adapter '{request.adapter}' is loaded")
+            self._grammars.check(request.grammar)
 
     def _check_ids(self, ids: Sequence[int], max_tokens: int = 0) -> None:
         vocab_size, longest = self._model.vocab_size, self._model.config.max_positions

@@ -76,6 +76,8 @@ class GrammarMatcher:
             self._is_stopped = True
         elif not self._inner.consume_token(token):
             self.failure = _one_line(self._inner.get_error())
+        elif token in self._stop_ids and not self.is_finished:
+            self.failure = "a stop token came before the grammar was finished"
 
     def rollback(self, num_tokens: int) -> None:
         """Take the last `num_tokens` tokens back."""

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -122,11 +123,15 @@ class Vocabulary:
 
 
 class GuardedTrial:
-    """The handle on the guard's process, which is started when it is first needed and again after it died."""
+    """The handle on the guard's process, which is started when it is first needed and again after it died.
+
+    `close()` ends it for good, and so does the end of the handle.
+    """
 
     def __init__(self, vocabulary: Vocabulary, limits: GrammarLimits) -> None:
         self._vocabulary, self._limits = vocabulary, limits
-        self._process: subprocess.Popen[bytes] | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []  # one, or none
+        self.close = weakref.finalize(self, _end, self._processes)
 
     def complaint(self, grammar: str) -> str | None:
         """What is wrong with a grammar in the library's own spelling; None if it can be used."""
@@ -144,33 +149,35 @@ class GuardedTrial:
         except BrokenPipeError:
             answer = b""
         if not answer:
-            self.close()
+            _end(self._processes)
             return f"it is too complex (more than {self._limits.compile_seconds:g} s of work, or too deep)"
         return None if (error := json.loads(answer)) is None else str(error)
 
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(BrokenPipeError):  # what it never read is lost with it
-                    pipe.close() if pipe else None
-            self._process = None
-
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            command = [sys.executable, "-m", "fledge.infer.grammar_guard", str(self._limits.memory_bytes)]
-            pipe = subprocess.PIPE
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
-            assert self._process.stdin
-            assert self._process.stdout
-            self._process.stdin.write(self._vocabulary.to_json() + b"\n")
-            self._process.stdin.flush()
-            if not self._process.stdout.readline():
-                raise RuntimeError(f"the grammar guard cannot start (exit code {self._process.wait()})")
-        return self._process
+        if self._processes and self._processes[0].poll() is None:
+            return self._processes[0]
+        _end(self._processes)
+        command = [sys.executable, "-m", "fledge.infer.grammar_guard", str(self._limits.memory_bytes)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._processes.append(process)
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(self._vocabulary.to_json() + b"\n")
+        process.stdin.flush()
+        if not process.stdout.readline():
+            raise RuntimeError(f"the grammar guard cannot start (exit code {process.wait()})")
+        return process
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    while processes:
+        process = processes.pop()
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # what it never read is lost with it
+                pipe.close() if pipe else None
 
 
 def new_matcher(tokenizer: Any, grammar: str, limits: GrammarLimits) -> Any:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fledge.errors import UserError
+from fledge.infer.adapters import Adapters
 from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.paged import Chunk, Layout, PagedContext, Pages, SiteShape
 from fledge.infer.sequence import Live, Span
@@ -69,20 +70,25 @@ def count_blocks(sites: dict[int, SiteShape], block_size: int, num_bytes: int) -
 class Runner:
     """Runs a model over spans. `pages` belongs to it alone."""
 
-    def __init__(self, model: CausalModel, pages: Pages) -> None:
-        self.model, self.pages = model, pages
+    def __init__(self, model: CausalModel, pages: Pages, adapters: Adapters | None = None) -> None:
+        self.model, self.pages, self._adapters = model, pages, adapters
         self._tables = _Tables()
 
-    def run(self, spans: Sequence[Span], num_wanted: Sequence[int]) -> list[Tensor]:
+    def run(
+        self, spans: Sequence[Span], num_wanted: Sequence[int], names: Sequence[str | None] = ()
+    ) -> list[Tensor]:
         """The hidden states x_WD of the last `num_wanted[i]` positions of span i, span after span, for `unembed`.
 
-        To be run within `evaluating`. Writes the keys and values of all spans to the pages.
+        `names[i]` is the adapter of span i; no names: nobody has one. To be run within `evaluating`. Writes the
+        keys and values of all spans to the pages.
         """
         order = sorted(
             range(len(spans)), key=lambda i: spans[i].count > SHORT_SPAN
         )  # the short ones first, stably
         layout, tokens_1T = self._lay_out([spans[i] for i in order])
         context = PagedContext(self.pages, layout, tokens_1T)
+        if self._adapters is not None:
+            self._adapters.route([(names[i], spans[i].count) for i in order] if names else ())
         x_TD = self.model.hidden(self.model.embed(tokens_1T, context), context)[0]
         ends = np.cumsum([spans[i].count for i in order]).tolist()
         states: list[Tensor] = [x_TD] * len(spans)

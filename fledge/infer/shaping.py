@@ -1,4 +1,4 @@
-"""What a request does to its logits before the temperature: allowed ids, bias, penalties, no early end, a grammar.
+"""What a request does to its logits before the temperature: allowed ids, bias, penalties, no early end.
 
 `types.SamplingParams` says what each means. One `Shaper` serves one answer, in the oracle (naive.py) and in the engine;
 sampling.py draws from what it leaves. A row without any of it costs nothing.
@@ -11,11 +11,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fledge.errors import UserError
@@ -84,20 +82,6 @@ class Shaper:
 
     def _index(self, ids: Iterable[int]) -> Tensor:
         return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
-
-
-def apply_mask(scores_V: Tensor, mask: NDArray[Any]) -> None:
-    """Put out, in place, every token that a grammar does not allow.
-
-    `mask` is bool (V,), or packed into 32-bit words, id i at bit i % 32 of word i // 32 (llguidance's layout); ids
-    beyond it are not allowed.
-    """
-    if mask.dtype != np.bool_:
-        mask = np.unpackbits(mask.view(np.uint8), bitorder="little").view(np.bool_)
-    num_known = min(len(mask), scores_V.shape[0])
-    hidden = torch.from_numpy(~mask[:num_known]).to(scores_V.device)
-    scores_V[:num_known].masked_fill_(hidden, -math.inf)
-    scores_V[num_known:] = -math.inf
 
 
 def check_ids(params: SamplingParams, vocab_size: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,31 +92,22 @@ def test_more_alternatives_than_tokens_are_all_of_them() -> None:
     assert found.rank == 2
 
 
-class Only:
-    """A grammar that allows some tokens."""
-
-    is_finished = False
-
-    def __init__(self, *allowed: int) -> None:
-        self.allowed = allowed
-
-    def mask(self):
-        mask = np.zeros(VOCAB, dtype=bool)
-        mask[list(self.allowed)] = True
-        return mask
-
-    def push(self, token_id: int) -> None: ...
+def only(*allowed: int) -> Tensor:
+    """What a grammar says that allows some tokens."""
+    mask_V = torch.zeros(VOCAB, dtype=torch.bool)
+    mask_V[list(allowed)] = True
+    return mask_V
 
 
 def test_a_grammar_binds_its_own_row_only() -> None:
     logits_RV = logits_of(2, seed=2)
     logits_RV[:, 9] = 40.0
     greedy = SamplingParams(temperature=0.0)
-    free, bound = choose(logits_RV, [row_of(greedy), row_of(greedy, matcher=Only(11))], NOBODY)
+    free, bound = choose(logits_RV, [row_of(greedy), row_of(greedy, allowed=only(11))], NOBODY)
     assert (free.token, bound.token) == (9, 11)
 
 
 def test_a_row_with_nothing_left_to_draw_gives_no_number() -> None:
     for params in (SamplingParams(temperature=0.0), SamplingParams()):
-        [choice] = choose(logits_of(1, seed=2), [row_of(params, matcher=Only(11))], torch.tensor([11]))
+        [choice] = choose(logits_of(1, seed=2), [row_of(params, allowed=only(11))], torch.tensor([11]))
         assert math.isnan(choice.logprob)

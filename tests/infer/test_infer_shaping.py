@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.errors import UserError
-from fledge.infer.shaping import Shaper, apply_mask, check_ids
+from fledge.infer.shaping import Shaper, check_ids
 from fledge.types import SamplingParams
 
 VOCAB = 8
@@ -89,19 +88,6 @@ def test_parameters_that_ask_for_nothing_have_no_effect() -> None:
     assert shaper.has_effect
     shaper.push(3)
     assert not shaper.has_effect
-
-
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_a_mask_puts_out_what_it_does_not_allow_and_what_it_does_not_know(is_packed: bool) -> None:
-    allowed = np.zeros(64, dtype=bool)
-    allowed[[0, 31, 32, 50]] = True
-    mask = np.packbits(allowed, bitorder="little").view(np.int32) if is_packed else allowed[:60]
-    scores = torch.zeros(70)
-    apply_mask(scores, mask)
-    assert scores.isfinite().nonzero()[:, 0].tolist() == [0, 31, 32, 50]
-    short = torch.zeros(33)
-    apply_mask(short, mask)
-    assert short.isfinite().nonzero()[:, 0].tolist() == [0, 31, 32]
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
