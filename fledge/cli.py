@@ -23,6 +23,7 @@ COMMANDS = (
     ("card", "card", "write and show the card of a run"),
     ("data", "data", "the corpora fledge can read, and what is in them"),
     ("tokenizer", "tokenizer", "train, show and measure tokenizers"),
+    ("import", "import_", "make a published model one of fledge's"),
     ("models", "models", "the model families and their published sizes"),
 )
 USAGE, INTERRUPTED = 2, 130

@@ -3,6 +3,7 @@
     run.json              family, config, hashes of tokenizer and template, parents, sha256 of the files beside it
     model.safetensors     weights; a tied parameter is stored once and named in run.json
     tokenizer.json        the tokenizer the ids mean something in
+    template.json         the chat template of an imported model; without it, fledge's own
 
 A training state, from which an interrupted stage goes on, is a directory `state-<step>` with `state.safetensors`
 and `state.json`. Reading infers nothing from file names or tensor shapes, and verifies every hash.
@@ -27,7 +28,8 @@ from fledge.config import from_json, to_json
 from fledge.errors import CheckpointError
 from fledge.files import sha256_file, write_directory, write_json
 from fledge.registry import load_family
-from fledge.text.chat import ChatRenderer
+from fledge.text.chat import ChatRenderer, Renderer
+from fledge.text.template import ImportedTemplate, TemplateRenderer
 from fledge.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -56,14 +58,28 @@ class LoadedModel:
 
     model: nn.Module
     tokenizer: Tokenizer
-    renderer: ChatRenderer
+    renderer: Renderer
     info: CheckpointInfo
     hash: str
     directory: Path
 
+    @property
+    def template(self) -> ImportedTemplate | None:
+        """The chat template it was imported with, None for fledge's own: what `save_model` wants to be told."""
+        return self.renderer.template if isinstance(self.renderer, TemplateRenderer) else None
 
-def save_model(directory: Path, model: nn.Module, tokenizer: Tokenizer, info: CheckpointInfo) -> str:
-    """Write a checkpoint, whole or not at all; returns its hash (sha256 of model.safetensors)."""
+
+def save_model(
+    directory: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    info: CheckpointInfo,
+    template: ImportedTemplate | None = None,
+) -> str:
+    """Write a checkpoint, whole or not at all; returns its hash (sha256 of model.safetensors).
+
+    `template` is that of an imported model, None for fledge's own.
+    """
     weights, tied = _untied(model.state_dict())
     described = {**to_json(info), "tied": tied}
     hashes: dict[str, str] = {}
@@ -71,7 +87,9 @@ def save_model(directory: Path, model: nn.Module, tokenizer: Tokenizer, info: Ch
     def fill(temporary: Path) -> None:
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save(temporary / "tokenizer.json")
-        for name in ("model.safetensors", "tokenizer.json"):
+        if template is not None:
+            write_json(temporary / "template.json", to_json(template))
+        for name in sorted(path.name for path in temporary.iterdir()):
             hashes[name] = sha256_file(temporary / name)
         write_json(temporary / "run.json", {"format": FORMAT, "files": hashes, **described})
 
@@ -108,12 +126,21 @@ def load_model(directory: Path, *, device: torch.device | None = None) -> Loaded
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if tokenizer.hash != info.tokenizer_hash:
         raise CheckpointError(f"{directory / 'tokenizer.json'}: not the tokenizer that this model was trained with")
-    renderer = ChatRenderer(tokenizer)
+    renderer = _renderer(tokenizer, directory / "template.json" if "template.json" in files else None)
     if renderer.hash != info.template_hash:
         raise CheckpointError(f"{directory}: made with another chat template; use the fledge that wrote it")
     model.eval()
     hashed = files["model.safetensors"]
     return LoadedModel(model.to(device or torch.device("cpu")), tokenizer, renderer, info, hashed, directory)
+
+
+def _renderer(tokenizer: Tokenizer, path: Path | None) -> Renderer:
+    if path is None:
+        return ChatRenderer(tokenizer)
+    try:
+        return TemplateRenderer(tokenizer, from_json(ImportedTemplate, json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; import the model again") from error
 
 
 def save_state(parent: Path, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ def load_huggingface(directory: Path, *, dtype: torch.dtype = torch.float32) -> 
             model: nn.Module = model_class(config)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _fill(model, _read_weights(directory, make, model, dtype), directory)
+    fill_parameters(model, _read_weights(directory, make, model, dtype), directory)
     return family_name, model.eval()
 
 
@@ -239,8 +239,11 @@ def _take_apart(tensor: Tensor, place: Place, shapes: list[torch.Size], dtype: t
     return [part.clone(memory_format=torch.contiguous_format) for part in ours.split([s[0] for s in shapes])]
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> None:
-    """Put `weights` in the place of all parameters; what was tied stays tied."""
+def fill_parameters(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Put `weights` in the place of all parameters; what was tied stays tied.
+
+    `CheckpointError`, naming `source`, if a tied parameter is there twice and the two differ.
+    """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = {name: nn.Parameter(weights[name]) for name in name_of.values()}
     for module in model.modules():
@@ -248,7 +251,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> N
             setattr(module, key, parameters[name_of[id(old)]])
     for name in weights.keys() - parameters.keys():
         if not torch.equal(model.get_parameter(name), weights[name]):
-            raise CheckpointError(f"{directory}: {CONFIG} ties the head to the embedding, but they differ")
+            raise CheckpointError(f"{source}: its config ties the head to the embedding, but they differ")
 
 
 # Weights: from parameters to files.

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from fledge.data.filters import document_key, example_text
-from fledge.text.chat import ChatRenderer, normalise
+from fledge.text.chat import Renderer, normalise
 from fledge.types import ChatExample, Conversation, Provenance
 
 # Shares of the training conversations, in InstructGPT's order of magnitude: PPO prompts cost nothing but variety.
@@ -41,7 +41,7 @@ def part_of(chat: ChatExample) -> str:
     return "ppo"
 
 
-def windows(chat: ChatExample, renderer: ChatRenderer, max_tokens: int) -> list[ChatExample]:
+def windows(chat: ChatExample, renderer: Renderer, max_tokens: int) -> list[ChatExample]:
     """The conversation as consecutive stretches that begin with a user turn and fit `max_tokens`, none overlapping.
 
     A single exchange that does not fit is kept whole; `conversation_piece` decides what of it can be learned.
@@ -58,7 +58,7 @@ def windows(chat: ChatExample, renderer: ChatRenderer, max_tokens: int) -> list[
 
 
 def prompts(
-    chats: Sequence[ChatExample], renderer: ChatRenderer, *, count: int, max_tokens: int, seed: int
+    chats: Sequence[ChatExample], renderer: Renderer, *, count: int, max_tokens: int, seed: int
 ) -> list[Prompt]:
     """Up to `count` prompts from different places of different conversations, in a seeded order.
 
@@ -88,7 +88,7 @@ def _reply_places(conversation: Conversation) -> list[int]:
     ]
 
 
-def _prompt(chat: ChatExample, place: int, renderer: ChatRenderer, max_tokens: int) -> Prompt | None:
+def _prompt(chat: ChatExample, place: int, renderer: Renderer, max_tokens: int) -> Prompt | None:
     for length in CONTEXT_MESSAGES:
         if place - length < 0:
             continue

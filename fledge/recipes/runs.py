@@ -68,16 +68,17 @@ def find_run(name: str, runs: Path = Path("runs")) -> Path:
     path = Path(name) if (Path(name) / "plan.json").is_file() else run_path(name, runs)
     if (path / "plan.json").is_file():
         return path
-    known = sorted(entry.parent.name for entry in runs.glob("*/plan.json"))
+    known = sorted(entry.parent.name for file in ("plan.json", "run.json") for entry in runs.glob(f"*/{file}"))
     if not known:
         raise RunError(f"no run '{name}': {runs} holds none yet; raise one with `fledge raise pocket`")
     raise RunError(f"no run '{name}' in {runs}; {nearest(name, known)}")
 
 
 def resolve_model(spec: str, runs: Path = Path("runs")) -> Path:
-    """The checkpoint folder of `RUN` (its furthest stage) or `RUN:STAGE`, or of a path to a checkpoint."""
-    if (Path(spec) / "run.json").is_file():
-        return Path(spec)
+    """The checkpoint folder of `RUN` (its furthest stage) or `RUN:STAGE`, of an imported model, or of a path."""
+    for path in (Path(spec), runs / spec):
+        if (path / "run.json").is_file():
+            return path
     name, colon, stage = spec.partition(":")
     run = find_run(name, runs)
     finished = [stage for stage in SERVED_STAGES if (run / stage / "manifest.json").is_file()]

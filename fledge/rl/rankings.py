@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from fledge.objectives.ranking import RankedIds
-from fledge.text.chat import ChatRenderer
+from fledge.text.chat import Renderer
 from fledge.types import Conversation, Provenance, Ranking
 
 MIN_ANSWERS, MAX_ANSWERS = 4, 9  # InstructGPT, section 3.4
@@ -72,7 +72,7 @@ def rank(candidates: Candidates, size: int) -> Ranking | None:
 
 
 def ranked_ids(
-    ranking: Ranking, renderer: ChatRenderer, *, prompt_length: int, response_length: int
+    ranking: Ranking, renderer: Renderer, *, prompt_length: int, response_length: int
 ) -> RankedIds | None:
     """A ranking as tokens, answers cut at `response_length`; those that a cut makes identical tie.
 

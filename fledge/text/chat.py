@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Protocol, get_args
 
 import numpy as np
 
@@ -35,6 +35,25 @@ class ChatTemplate:
     assistant: str = "<|assistant|>"
     tool: str = "<|tool|>"
     end: str = "<|end|>"
+
+
+class Renderer(Protocol):
+    """What turns conversations into tokens and back: `ChatRenderer`, or a `TemplateRenderer` (text/template.py).
+
+    `hash` names the template; `end_id` ends the assistant's turn and is one of `stop_ids`, at which generation stops.
+    """
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def end_id(self) -> int: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+    def render(self, conversation: Conversation, *, ended: bool = True) -> Rendered: ...
+    def prompt(self, conversation: Conversation) -> tuple[int, ...]: ...
+    def parse(self, ids: Sequence[int]) -> tuple[Message, Termination]: ...
 
 
 class ChatRenderer:

@@ -9,14 +9,31 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import tokenizers as library
 from tokenizers import decoders, models, pre_tokenizers
 
 from fledge.errors import TokenizerError
-from fledge.text.subwords import NAMED_SPECIAL_TOKENS
+from fledge.text.subwords import NAMED_SPECIAL_TOKENS, REQUIRED_SPECIAL_TOKENS, byte_alphabet
+
+BYTES_OUTSIDE_UTF8 = (
+    0xFF,
+    0xFE,
+    0xFD,
+    0xFC,
+    0xFB,
+    0xFA,
+    0xF9,
+    0xF8,
+    0xF7,
+    0xF6,
+    0xF5,
+    0xC1,
+    0xC0,
+)  # RFC 3629
+_PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -80,11 +97,68 @@ def adopt(data: bytes, special_tokens: Mapping[str, str | None]) -> bytes:
     return core.to_str(pretty=False).encode()
 
 
+def adopt_imported(
+    data: bytes, vocab_size: int, document: str, pad: str | None, used: Collection[str] = ()
+) -> tuple[bytes, dict[str, str]]:
+    """(a tokenizer.json for a model of `vocab_size` rows, our names of the tokens that it calls otherwise by theirs).
+
+    `document`, the token that begins a document, becomes `<|endoftext|>`. `pad` becomes `<|pad|>` unless it is that
+    token or one of those `used` for something else: then padding gets an id of its own that nothing else uses. That is
+    a row of the model that has no token, or the token of a byte that no text holds, or an unused special token. No id
+    changes. `TokenizerError` if the file lacks a token, has ids beyond the model's rows, or leaves nothing to pad with.
+    """
+    layout = parse(data)
+    vocab, added = layout["model"]["vocab"], layout["added_tokens"]
+    if not isinstance(vocab, dict):
+        raise TokenizerError(f"is a {layout['model'].get('type')} vocabulary; only byte-level BPE is imported")
+    ids: dict[str, int] = {**vocab, **{token["content"]: token["id"] for token in added}}
+    _refuse_other_models(ids, vocab_size)
+    if pad is None or pad == document or pad in used:
+        pad = _unused(layout, ids, vocab_size, {document, *used})
+    if pad not in ids:
+        ids[pad] = max(set(range(vocab_size)) - set(ids.values()))
+    moved = {document: "<|endoftext|>", pad: "<|pad|>"}
+    moved |= {name: f"<|published_{name[2:]}" for name in REQUIRED_SPECIAL_TOKENS if name in ids and name not in moved}
+    for name in moved.keys() - {token["content"] for token in added}:
+        if name != pad:
+            raise TokenizerError(f"has no special token '{name}'")
+        added.append({"id": ids[pad], "content": pad, **_PLAIN_TOKEN})
+    for token in added:
+        token["special"] |= token["content"] in moved
+        token["content"] = moved.get(token["content"], token["content"])
+    layout["model"]["vocab"] = {moved.get(token, token): token_id for token, token_id in ids.items()}
+    layout |= {"post_processor": None, "padding": None, "truncation": None}
+    return json.dumps(layout, ensure_ascii=False).encode(), moved
+
+
+def _refuse_other_models(ids: Mapping[str, int], vocab_size: int) -> None:
+    last = max(ids, key=lambda token: ids[token])
+    if ids[last] >= vocab_size:
+        raise TokenizerError(
+            f"has the token '{last}' with id {ids[last]}, but the model has {vocab_size} rows: it is another model's"
+        )
+
+
+def _unused(layout: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int, used: Collection[str]) -> str:
+    """A token that text never holds; a new name if a row of the model has no token."""
+    if len(set(ids.values())) < vocab_size:
+        return "<|pad|>"
+    letters = {letter for merge in layout["model"].get("merges", ()) for part in merge for letter in part}
+    bytes_left = [char for byte in BYTES_OUTSIDE_UTF8 if (char := byte_alphabet()[byte]) in ids and char not in letters]
+    special = [
+        token["content"] for token in layout["added_tokens"] if token["special"] and token["content"] not in used
+    ]
+    unused = [*bytes_left, *reversed(special)]
+    if not unused:
+        raise TokenizerError("leaves no id to pad with: every row of the model has a token that is in use")
+    return str(unused[0])
+
+
 def gpt2_layout(vocab: bytes, merges: bytes) -> bytes:
     """GPT-2's published `encoder.json` and `vocab.bpe` (Radford et al. 2019) as one tokenizer.json."""
     try:
         ids: dict[str, int] = json.loads(vocab)
-        lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
+        lines = [line for line in merges.decode().split("\n") if line and not line.startswith("#version")]
         pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
         core = library.Tokenizer(models.BPE(vocab=ids, merges=pairs))
     except Exception as error:  # the library raises bare Exception for merges that the vocabulary lacks

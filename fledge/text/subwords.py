@@ -35,6 +35,10 @@ NAMED_SPECIAL_TOKENS = (
     "<|fim_suffix|>",
     "<|fim_middle|>",
 )
+REQUIRED_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|pad|>",
+)  # of every tokenizer; an imported one may lack the others
 SPECIAL_TOKENS = (
     *NAMED_SPECIAL_TOKENS,
     *(f"<|reserved_{i}|>" for i in range(NUM_RESERVED)),

@@ -22,6 +22,7 @@ from fledge.files import write_file
 from fledge.text.foreign import adopt, load_core, parse, refuse_unless_byte_level
 from fledge.text.subwords import (
     NAMED_SPECIAL_TOKENS,
+    REQUIRED_SPECIAL_TOKENS,
     SPECIAL_TOKENS,
     TokenizerConfig,
     byte_alphabet,
@@ -53,7 +54,7 @@ class Tokenizer:
     """A vocabulary with fledge's special tokens. Built from the bytes of a tokenizer.json, which `save` writes back.
 
     `vocab_size` counts every id, `hash` is the sha256 of the file. Raises `TokenizerError` if the file is damaged,
-    does not work on bytes, lacks one of `NAMED_SPECIAL_TOKENS`, or gives two of them one id.
+    does not work on bytes, lacks one of `REQUIRED_SPECIAL_TOKENS`, or gives both one id.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -168,7 +169,7 @@ class StreamDecoder:
 
 
 def _refuse_missing(special_ids: Mapping[str, int]) -> None:
-    missing = [name for name in NAMED_SPECIAL_TOKENS if name not in special_ids]
+    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in special_ids]
     if missing:
         raise TokenizerError(
             f"lacks the special tokens {', '.join(missing)}; with special_tokens={{name: token}} say which of the "

@@ -1,0 +1,172 @@
+"""The vocabulary inside a GGUF file <-> a tokenizer.json, with its chat template and special tokens.
+
+Only byte-level BPE is known (`tokenizer.ggml.model` "gpt2"): it is what fledge's tokenizer reads. The file names the
+rule that cuts text into words (`tokenizer.ggml.pre`) and does not hold it; the rules here are those of llama.cpp
+(src/llama-vocab.cpp) in the spelling of the tokenizer.json files that the models' makers published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fledge.errors import CheckpointError
+from fledge.formats.gguf import GGUFFile
+from fledge.text.published import PublishedTokenizer
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_KEY = "tokenizer.ggml."
+
+_BYTES: dict[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+_GPT2 = {**_BYTES, "use_regex": True}
+_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_BPE: dict[str, Any] = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+}
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_SPACES}"
+_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_SPACES}"
+_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How text becomes words. `names` are llama.cpp's; the first is written. `words` come before bytes."""
+
+    names: tuple[str, ...]
+    words: tuple[dict[str, Any], ...]
+    normalizer: dict[str, Any] | None = None
+    ignore_merges: bool = False
+
+
+RULES = (
+    Rule(("gpt-2", "phi-2", "gpt2", "jina-v2-de", "jina-v2-es"), (_GPT2,)),
+    Rule(("default",), (*map(_split, _DEFAULT), _BYTES)),
+    Rule(
+        ("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"),
+        (_split(_LLAMA3), _BYTES),
+        ignore_merges=True,
+    ),
+    Rule(("qwen2", "deepseek-r1-qwen", "megrez"), (_split(_QWEN2), _BYTES), {"type": "NFC"}),
+    Rule(("smollm", "starcoder", "refact"), ({"type": "Digits", "individual_digits": True}, _GPT2)),
+)
+
+
+def read_tokenizer(file: GGUFFile) -> PublishedTokenizer:
+    """The tokenizer of a file. `CheckpointError` for one that is missing, damaged, or of a kind we do not read."""
+    kind, rule = _get(file, "model", str, None), _find_rule(file)
+    if kind != "gpt2":
+        raise CheckpointError(
+            f"{file.path}: a tokenizer of kind {kind!r} is not supported: known is byte-level BPE, 'gpt2'"
+        )
+    tokens, merges = _strings(file, "tokens"), _strings(file, "merges")
+    types = _types(file, tokens)
+    special = {name: _token(file, f"{name}_token_id", tokens) for name in ("bos", "eos", "eot", "eom", "padding")}
+    added = []
+    for token_id, (token, kind_of_token) in enumerate(zip(tokens, types, strict=True)):
+        is_special = kind_of_token == CONTROL or token in special.values()
+        if is_special or kind_of_token == USER_DEFINED:
+            added.append({"id": token_id, "content": token, **_ADDED, "special": is_special})
+    layout = {
+        **_layout(rule),
+        "added_tokens": added,
+        "model": {
+            **_BPE,
+            "ignore_merges": rule.ignore_merges,
+            "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED},
+            "merges": [_pair(file, merge) for merge in merges],
+        },
+    }
+    ends = [special[name] for name in ("eos", "eot", "eom")]
+    return PublishedTokenizer(
+        json.dumps(layout, ensure_ascii=False).encode(),
+        special["bos"],
+        tuple(end for end in ends if end is not None),
+        special["padding"],
+        special["bos"] is not None and _get(file, "add_bos_token", bool, rule.ignore_merges),
+        file.metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _layout(rule: Rule) -> dict[str, Any]:
+    words = rule.words[0] if len(rule.words) == 1 else {"type": "Sequence", "pretokenizers": list(rule.words)}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": rule.normalizer,
+        "pre_tokenizer": words,
+        "post_processor": None,
+        "decoder": _BYTES,
+    }
+
+
+def _find_rule(file: GGUFFile) -> Rule:
+    name = _get(file, "pre", str, "default")
+    for rule in RULES:
+        if name in rule.names:
+            return rule
+    known = ", ".join(name for rule in RULES for name in rule.names)
+    raise CheckpointError(f"{file.path}: {_KEY}pre {name!r} is not supported: known are {known}")
+
+
+def _get(file: GGUFFile, name: str, kind: type[Any], default: Any) -> Any:
+    value = file.metadata.get(_KEY + name, default)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+        raise CheckpointError(f"{file.path}: {_KEY}{name} {value!r} must be a {kind.__name__}")
+    return value
+
+
+def _strings(file: GGUFFile, name: str) -> Sequence[str]:
+    found = _get(file, name, list, None)
+    if not found or (name == "tokens" and len(set(found)) < len(found)):
+        raise CheckpointError(f"{file.path}: {_KEY}{name} must hold strings, each token once; fetch the file again")
+    return found  # type: ignore[no-any-return]
+
+
+def _types(file: GGUFFile, tokens: Sequence[str]) -> list[int]:
+    found = file.metadata.get(_KEY + "token_type")
+    if found is None:
+        return [NORMAL] * len(tokens)
+    if isinstance(found, str | list | bool | int | float) or len(found) != len(tokens):
+        raise CheckpointError(f"{file.path}: {_KEY}token_type must hold a number for each of the {len(tokens)} tokens")
+    return [int(number) for number in found]
+
+
+def _token(file: GGUFFile, name: str, tokens: Sequence[str]) -> str | None:
+    token_id = _get(file, name, int, None)
+    if token_id is None:
+        return None
+    if not 0 <= token_id < len(tokens):
+        raise CheckpointError(f"{file.path}: {_KEY}{name} {token_id} is outside the {len(tokens)} tokens")
+    return str(tokens[token_id])
+
+
+def _pair(file: GGUFFile, merge: str) -> list[str]:
+    parts = merge.split(" ")
+    if len(parts) != 2:
+        raise CheckpointError(f"{file.path}: {_KEY}merges holds {merge!r}, which is no pair; fetch the file again")
+    return parts

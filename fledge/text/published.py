@@ -1,0 +1,63 @@
+"""A published tokenizer with all that its makers say of it, and how it becomes ours. Layer 2.
+
+What the formats read (a Hugging Face directory, a GGUF file) arrives here as one `PublishedTokenizer`;
+`adopt_published` makes of it a `Tokenizer` and the `ImportedTemplate` that chats with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fledge.errors import TokenizerError
+from fledge.text.foreign import adopt_imported, parse
+from fledge.text.template import ImportedTemplate
+from fledge.text.tokenizer import Tokenizer
+
+# For models that come without a template. The first is what most chat models of its tokens were taught.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class PublishedTokenizer:
+    """`data` is a tokenizer.json. Tokens go by their makers' names.
+
+    `bos` begins a text if `begins` is true, `ends` are those at which generation stops, `pad` fills up rows and may be
+    one of these. `template` is Jinja.
+    """
+
+    data: bytes
+    bos: str | None = None
+    ends: tuple[str, ...] = ()
+    pad: str | None = None
+    begins: bool = False
+    template: str | None = None
+
+
+def adopt_published(published: PublishedTokenizer, vocab_size: int) -> tuple[Tokenizer, ImportedTemplate]:
+    """Our tokenizer and template for a model of `vocab_size` rows; `TokenizerError` if they do not belong together.
+
+    A document begins with `bos` where its makers put it there, else with `<|endoftext|>` if there is such a token,
+    else with the first of `ends`.
+    """
+    special = [token["content"] for token in parse(published.data)["added_tokens"] if token["special"]]
+    document = published.bos if published.begins else None
+    if document is None and "<|endoftext|>" in special:
+        document = "<|endoftext|>"
+    document = document or next(iter(published.ends), published.bos)
+    if document is None:
+        raise TokenizerError(f"has no token that begins or ends a text; its special ones are {special}")
+    source = published.template
+    if source is None:
+        source = CHATML if {"<|im_start|>", "<|im_end|>"} <= set(special) else PLAIN
+    used = {*published.ends, *(token for token in special if token == published.bos or token in source)}
+    data, names = adopt_imported(published.data, vocab_size, document, published.pad, used)
+    ends = tuple(dict.fromkeys(published.ends))
+    template = ImportedTemplate(source, published.bos, ends[0] if ends else None, ends, names)
+    return Tokenizer(data), template
