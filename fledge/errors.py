@@ -10,6 +10,8 @@ ValueError
 RuntimeError
   TrainingHalted         training met NaN or a broken invariant; the offending batch is on disk
   Interrupted            Ctrl-C or SIGTERM arrived; the state is saved
+  EngineError            the engine could not do what was asked, through no fault of the request
+    EngineDied           its process ended while the request ran; it is started again
 """
 
 from __future__ import annotations
@@ -54,4 +56,12 @@ class TrainingHalted(RuntimeError):
 
 
 class Interrupted(RuntimeError):
+    pass
+
+
+class EngineError(RuntimeError):
+    pass
+
+
+class EngineDied(EngineError):
     pass
