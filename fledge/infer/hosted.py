@@ -1,0 +1,96 @@
+"""The engine as its process hosts it: loaded from a checkpoint directory, weights and adapters by their paths.
+
+What worker.py asks for (`worker.Hosted`), over engine.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fledge.config import from_json
+from fledge.errors import CheckpointError
+from fledge.formats.checkpoint import load_model
+from fledge.infer.causal import CausalModel
+from fledge.infer.engine import Engine, EngineConfig, EngineStats
+from fledge.infer.messages import Start
+from fledge.types import Request, TokenEvent
+
+
+def load(start: Start) -> HostedEngine:
+    """The engine that `start` describes. `UserError` for a checkpoint that is missing, damaged or not finite."""
+    if start.nice:
+        os.nice(start.nice)
+    if start.num_threads is not None:
+        torch.set_num_threads(start.num_threads)
+    config = from_json(EngineConfig, start.config)
+    loaded = load_model(Path(start.checkpoint), device=torch.device(start.device))
+    _require_finite(loaded.model.state_dict(), start.checkpoint)
+    model = cast(CausalModel, loaded.model)
+    return HostedEngine(model, Engine(model, loaded.tokenizer, config))
+
+
+class HostedEngine:
+    def __init__(self, model: CausalModel, engine: Engine) -> None:
+        self._model, self._engine = model, engine
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        longest: int | None = self._model.config.max_positions
+        return longest
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def submit(self, request: Request) -> None:
+        self._engine.submit(request)
+
+    def cancel(self, request_id: str) -> bool:
+        return self._engine.cancel(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        return self._engine.step()
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self._engine.score(rows)
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return self._engine.embed(rows)
+
+    def update_weights(self, path: str, version: str) -> None:
+        """Take the tensors of a safetensors file. A damaged file or a value that is not finite changes nothing."""
+        try:
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a safetensors file that can be read ({error})") from error
+        _require_finite(weights, path)
+        self._engine.update_weights(weights, version)
+
+    def load_adapter(self, name: str, path: str) -> None:
+        self._engine.load_adapter(name, Path(path))
+
+    def unload_adapter(self, name: str) -> None:
+        self._engine.unload_adapter(name)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+
+def _require_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{where}: weight '{name}' holds NaN or infinity; the model is damaged, train it again"
+            )
