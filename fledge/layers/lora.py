@@ -208,6 +208,8 @@ class AdapterBank:
         not fit the model."""
         if name in self._names:
             raise UserError(f"an adapter '{name}' is loaded already; unload it first, or choose another name")
+        if not adapter.pairs:
+            raise UserError(f"the adapter '{name}' adapts nothing; it holds no matrices")
         plain = _plain_linears(self._model)
         for module_name, pair in adapter.pairs.items():
             if module_name not in plain:
@@ -240,8 +242,10 @@ class AdapterBank:
             if name is not None and count:
                 rows.setdefault(name, []).append(range(place, place + count))
             place += count
+        self._route.num_rows, self._route.groups = place, ()
+        if not rows:
+            return  # the usual step: asking a model for its device looks at every parameter
         device = _device(self._model)
-        self._route.num_rows = place
         self._route.groups = [(name, _rows_of(runs, device)) for name, runs in rows.items()]
 
 
