@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.infer import kernels
 from fledge.layers.attention import RowContext
 
 
@@ -39,7 +41,8 @@ class SiteShape:
 class Pages:
     """The memory of the cache: keys and values of every site, (num_blocks + 1, P, G, K), and the tokens they are of.
 
-    The last block belongs to nobody: what pads a step to a fixed size is written there.
+    The last block belongs to nobody: what pads a step to a fixed size is written there. `attend` is what single
+    queries attend with: the C++ kernel where it can be had, else `attend_pages`.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Pages:
             site: torch.empty(*rows, shape.num_groups, shape.value_width, dtype=shape.dtype, device=device)
             for site, shape in sites.items()
         }
+        self.attend = _best_attention(sites, device)
         self.tokens = torch.zeros(
             rows[0] * rows[1], dtype=torch.int64, device=device
         )  # by slot: block * P + offset
@@ -120,7 +124,7 @@ class PagedContext:
             q_QHK = q_BTHK[0, :num_queries]
             if bias is None:
                 parts.append(
-                    attend_pages(q_QHK, keys, values, layout.tables_QM, layout.lengths_Q, scale, window)
+                    self._pages.attend(q_QHK, keys, values, layout.tables_QM, layout.lengths_Q, scale, window)
                 )
             else:
                 parts.append(self._attend_biased(q_QHK, site, window, bias, scale))
@@ -187,6 +191,29 @@ class PagedContext:
             enable_gqa=q_1THK.shape[2] != k_SGK.shape[1],
         )
         return y_1HTK[0].transpose(0, 1)
+
+
+class AttendPages(Protocol):
+    """`attend_pages`, however it is done."""
+
+    def __call__(
+        self,
+        q_QHK: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables_QM: Tensor,
+        lengths_Q: Tensor,
+        scale: float,
+        window: int | None,
+        /,
+    ) -> Tensor: ...
+
+
+def _best_attention(sites: Mapping[int, SiteShape], device: torch.device) -> AttendPages:
+    is_plain_float = all(shape.dtype == torch.float32 for shape in sites.values())
+    if device.type == "cpu" and is_plain_float and kernels.load().is_compiled:
+        return kernels.paged_attention
+    return attend_pages
 
 
 def attend_pages(
