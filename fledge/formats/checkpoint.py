@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import fledge
 from fledge.config import from_json, to_json
 from fledge.errors import CheckpointError
 from fledge.files import sha256_file, write_directory, write_json
+from fledge.formats.gguf_tensors import Blocks
+from fledge.formats.packed import pack, unpack
 from fledge.registry import load_family
 from fledge.text.chat import ChatRenderer, Renderer
 from fledge.text.template import ImportedTemplate, TemplateRenderer
@@ -37,7 +39,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says about itself. `parents` maps a role ("base", "reference", ...) to a checkpoint hash."""
+    """What a checkpoint says about itself. `parents` maps a role ("base", "reference", ...) to a checkpoint hash.
+
+    `packed` maps the matrices that are stored block-quantised, as they were imported, to their format. `quantized` maps
+    the modules that are replaced by quantised ones (infer/quantize.py) to theirs.
+    """
 
     family: str
     config: dict[str, Any]
@@ -48,6 +54,8 @@ class CheckpointInfo:
     seed: int = 0
     step: int = 0
     tied: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, str] = field(default_factory=dict)
+    quantized: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     fledge_version: str = fledge.__version__
 
@@ -75,13 +83,19 @@ def save_model(
     tokenizer: Tokenizer,
     info: CheckpointInfo,
     template: ImportedTemplate | None = None,
+    blocks: Mapping[str, Blocks] | None = None,
 ) -> str:
     """Write a checkpoint, whole or not at all; returns its hash (sha256 of model.safetensors).
 
-    `template` is that of an imported model, None for fledge's own.
+    `template` is that of an imported model, None for fledge's own. `blocks` holds, by name, parameters that came
+    block-quantised and whose values are those of `model` still: they are stored so.
     """
     weights, tied = _untied(model.state_dict())
-    described = {**to_json(info), "tied": tied}
+    packed = {name: kept for name, kept in (blocks or {}).items() if name in weights}
+    for name, kept in packed.items():
+        assert weights.pop(name).shape == kept.shape, name
+        weights |= pack(name, kept)
+    described = {**to_json(info), "tied": tied, "packed": {name: kept.kind for name, kept in packed.items()}}
     hashes: dict[str, str] = {}
 
     def fill(temporary: Path) -> None:
@@ -112,14 +126,32 @@ def read_info(directory: Path) -> tuple[CheckpointInfo, dict[str, str]]:
     return from_json(CheckpointInfo, data), files
 
 
-def load_model(directory: Path, *, device: torch.device | None = None) -> LoadedModel:
-    """Read a checkpoint, verifying every hash; `CheckpointError` names the file that is missing or altered."""
+def load_model(
+    directory: Path,
+    *,
+    device: torch.device | None = None,
+    prepare: Callable[[nn.Module, CheckpointInfo], None] | None = None,
+) -> LoadedModel:
+    """Read a checkpoint, verifying every hash; `CheckpointError` names the file that is missing or altered.
+
+    `prepare` changes the model before its weights are read; a quantised checkpoint needs that of infer/quantize.py.
+    """
     info, files = read_info(directory)
     for name, expected in files.items():
         _verify(directory / name, expected)
     config_class, model_class = load_family(info.family)
     model: nn.Module = model_class(from_json(config_class, info.config))
+    if prepare is not None:
+        prepare(model, info)
+    elif info.quantized:
+        raise CheckpointError(
+            f"{directory}: quantised, which is for generating and measuring only; use the model it was made from"
+        )
     weights = load_file(directory / "model.safetensors")
+    weights |= {name: kept.expand() for name, kept in _blocks(info, weights).items()}
+    for parts in info.packed:
+        for part in ("codes", "scales", "offsets"):
+            weights.pop(f"{parts}.{part}", None)
     for name, source in info.tied.items():
         weights[name] = weights[source]
     model.load_state_dict(weights)
@@ -132,6 +164,18 @@ def load_model(directory: Path, *, device: torch.device | None = None) -> Loaded
     model.eval()
     hashed = files["model.safetensors"]
     return LoadedModel(model.to(device or torch.device("cpu")), tokenizer, renderer, info, hashed, directory)
+
+
+def load_blocks(loaded: LoadedModel) -> dict[str, Blocks]:
+    """The matrices of a checkpoint that are stored block-quantised, by the name of their parameter, not expanded.
+
+    For running them without quantising a second time (infer/quantize.py). Their `expand()` is what `load_model` gave.
+    """
+    return _blocks(loaded.info, load_file(loaded.directory / "model.safetensors"))
+
+
+def _blocks(info: CheckpointInfo, tensors: Mapping[str, Tensor]) -> dict[str, Blocks]:
+    return {name: unpack(name, kind, tensors) for name, kind in info.packed.items()}
 
 
 def _renderer(tokenizer: Tokenizer, path: Path | None) -> Renderer:

@@ -135,7 +135,8 @@ def _nibbles(packed: Bytes) -> Bytes:
 
 def _pack_nibbles(codes: Bytes) -> Bytes:
     low, high = np.split(codes, 2, axis=1)
-    return low | (high << 4)
+    packed: Bytes = low | (high << 4)
+    return packed
 
 
 def _fifth_bits(packed: Bytes) -> Bytes:

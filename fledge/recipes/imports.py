@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fledge.formats import gguf_tokenizer, huggingface_tokenizer
 from fledge.formats.checkpoint import CheckpointInfo, save_model
 from fledge.formats.gguf import read_gguf
 from fledge.formats.gguf_models import read_model
+from fledge.formats.gguf_tensors import Blocks
 from fledge.formats.huggingface import load_huggingface
 from fledge.recipes.runs import run_path
 from fledge.text.published import PublishedTokenizer, adopt_published
@@ -62,12 +64,14 @@ PACKAGED = {
 
 @dataclass(frozen=True)
 class Published:
-    """What was read: a family's model and its tokenizer. `notes` say where it comes from."""
+    """What was read: a model of `family` and its tokenizer. `notes` say where it comes from, `blocks` holds by name the
+    parameters that came block-quantised."""
 
     family: str
     model: nn.Module
     tokenizer: PublishedTokenizer
     notes: dict[str, Any]
+    blocks: Mapping[str, Blocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _from_gguf(path: Path, notes: dict[str, Any]) -> Published:
     read = read_model(file)
     about = {key: file.metadata.get(f"general.{key}") for key in ("name", "license", "organization")}
     known = {key: value for key, value in about.items() if isinstance(value, str)}
-    return Published(read.family, read.model, gguf_tokenizer.read_tokenizer(file), {**known, **notes})
+    return Published(read.family, read.model, gguf_tokenizer.read_tokenizer(file), {**known, **notes}, read.blocks)
 
 
 def _save(published: Published, name: str, directory: Path) -> Imported:
@@ -149,6 +153,6 @@ def _save(published: Published, name: str, directory: Path) -> Imported:
     info = CheckpointInfo(
         published.family, to_json(config), STAGE, tokenizer.hash, renderer.hash, notes=published.notes
     )
-    hashed = save_model(directory, published.model, tokenizer, info, template)
+    hashed = save_model(directory, published.model, tokenizer, info, template, published.blocks)
     count = sum(parameter.numel() for parameter in published.model.parameters())
     return Imported(name, directory, published.family, count, hashed)
