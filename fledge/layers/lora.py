@@ -121,9 +121,7 @@ class LoraLinear(nn.Module):
             self.base.weight = self._kept.pop()
 
 
-def add_lora(
-    model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None
-) -> list[nn.Parameter]:
+def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None) -> list[nn.Parameter]:
     """Freeze the model and wrap its targets for training; the parameters to train, in the order of the modules.
 
     `generator` draws the A matrices. `UserError` for a target that no linear layer's name ends with.
@@ -213,9 +211,7 @@ class AdapterBank:
         plain = _plain_linears(self._model)
         for module_name, pair in adapter.pairs.items():
             if module_name not in plain:
-                raise UserError(
-                    f"the model has no linear layer '{module_name}'; {nearest(module_name, plain)}"
-                )
+                raise UserError(f"the model has no linear layer '{module_name}'; {nearest(module_name, plain)}")
             _check_pair(module_name, plain[module_name], pair)
         for module_name, pair in adapter.pairs.items():
             if module_name not in self._wrapped:
@@ -299,9 +295,7 @@ class AdapterLinear(nn.Module):
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by the names they have in a model without adapters; the adapters' own are left out."""
-    wrapped = [
-        f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLinear | AdapterLinear)
-    ]
+    wrapped = [f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLinear | AdapterLinear)]
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         for prefix in wrapped:
