@@ -144,7 +144,7 @@ class Rollout(_Tensors):
         actions = float(self.action_mask_BT.sum())
         return {"policy": actions, "value": actions}
 
-    def rows(self, indices: Tensor) -> Rollout:
+    def rows(self, indices: Tensor) -> Self:
         """The episodes at `indices`, in that order."""
         chosen = {
             field.name: getattr(self, field.name)[indices]

@@ -72,10 +72,7 @@ class ClippedPolicy:
     region: PolicyRegion = action_logprobs
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip < 1:
-            raise ValueError(f"clip must lie between 0 and 1, got {self.clip}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}; None switches it off")
+        check_clip(self.clip, None, self.dual_clip)
 
     def collate(self, examples: Sequence[Rollout]) -> Rollout:
         """Rollouts are batches already: exactly one is passed through."""
@@ -94,25 +91,46 @@ class ClippedPolicy:
         return Loss(terms, policy_stats(log_ratio_BT.detach(), batch, self.clip))
 
 
-def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None) -> Tensor:
-    """The loss of each action; `log_ratio` is new minus old log-probability."""
+def check_clip(clip: float, clip_high: float | None, dual_clip: float | None) -> None:
+    """ValueError for bounds that bound nothing."""
+    if not 0 < clip < 1:
+        raise ValueError(f"clip must lie between 0 and 1, got {clip}")
+    if clip_high is not None and not clip <= clip_high < float("inf"):
+        raise ValueError(f"clip_high must be at least clip {clip}, got {clip_high}; None makes them equal")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}; None switches it off")
+
+
+def clipped_policy_loss(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip: float,
+    dual_clip: float | None = None,
+    clip_high: float | None = None,
+) -> Tensor:
+    """The loss of each action; `log_ratio` is new minus old log-probability, `clip_high` bounds from above if given."""
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    high = clip if clip_high is None else clip_high
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + high))
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
 
 
 @torch.no_grad()
-def policy_stats(log_ratio_BT: Tensor, batch: Rollout, clip: float) -> dict[str, tuple[Tensor, float]]:
+def policy_stats(
+    log_ratio_BT: Tensor, batch: Rollout, clip: float, clip_high: float | None = None
+) -> dict[str, tuple[Tensor, float]]:
     """Means over actions of `approx_kl` (old to new, k3) and `clip_fraction`; `ratio_min`, `ratio_max`, `ratio_gap`.
 
     The last three are extremes of rho and of |rho - 1| over the actions of this batch, each with count 1.
     """
     ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    mask_BT, count = batch.action_mask_BT, batch.counts["policy"]
+    mask_BT = batch.action_mask_BT
+    count = float(mask_BT.sum())
+    high = clip if clip_high is None else clip_high
     # Clipped: past the bound that holds for the advantage's sign, so that the action's gradient is zero.
-    is_clipped_BT = torch.where(batch.advantages_BT > 0, ratio_BT > 1 + clip, ratio_BT < 1 - clip)
+    is_clipped_BT = torch.where(batch.advantages_BT > 0, ratio_BT > 1 + high, ratio_BT < 1 - clip)
     return {
         "approx_kl": (((ratio_BT - 1 - log_ratio_BT) * mask_BT).sum(), count),
         "clip_fraction": ((is_clipped_BT * mask_BT).sum(), count),

@@ -151,8 +151,8 @@ def preference_stats(
     """Means over the pairs with a preference (not 0.5).
 
     The implicit reward of a completion is beta times its log-ratio to the reference: `chosen_reward`,
-    `rejected_reward`, `margin` (their difference), `accuracy` (share of pairs where it is positive; 0 counts half). `chosen_logprob`,
-    `rejected_logprob`: nats a completion.
+    `rejected_reward`, `margin` (their difference), `accuracy` (share of pairs where it is positive; 0 counts half).
+    `chosen_logprob`, `rejected_logprob`: nats a completion.
     """
     is_first_P, decided_P = batch.preference_P > 0.5, batch.preference_P != 0.5
     chosen_P = torch.where(is_first_P, batch.first_P, batch.second_P)[decided_P]

@@ -49,6 +49,29 @@ class Actors:
         return cls(policy, twin(policy).requires_grad_(False), value)
 
 
+@dataclass(frozen=True)
+class PolicyPair:
+    """What methods without a value function need: `policy` trains, `reference` is frozen; both without dropout."""
+
+    policy: Any  # a causal family of models/, an nn.Module
+    reference: Any
+
+    def __post_init__(self) -> None:
+        self.reference.requires_grad_(False)
+        self.quiet()
+
+    def quiet(self) -> None:
+        """Evaluation mode for both: dropout would put noise between the old and the new log-probability."""
+        self.policy.eval()
+        self.reference.eval()
+
+    @classmethod
+    def start(cls, policy: nn.Module, *, freeze_roles: tuple[str, ...] = ("table",)) -> PolicyPair:
+        """A model as policy and a frozen copy of it as reference; parameters that do not train are held once."""
+        freeze(policy, freeze_roles)
+        return cls(policy, twin(policy).requires_grad_(False))
+
+
 def share_equal(source: nn.Module, target: nn.Module, roles: tuple[str, ...]) -> None:
     """Let `target` use `source`'s parameters of these roles in place of its own, wherever both are equal."""
     role_of: dict[str, str] = source.roles()  # type: ignore[operator]

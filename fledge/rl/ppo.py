@@ -11,16 +11,15 @@ Source: Schulman et al. 2017 (1707.06347); Ouyang et al. 2022 (2203.02155), sect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fledge.batches import Loss, Rollout, TokenBatch
-from fledge.errors import CheckpointError, TrainingHalted
+from fledge.batches import Rollout, TokenBatch
 from fledge.objectives.clipped_policy import ActionSpace, ClippedPolicy
 from fledge.objectives.clipped_value import ClippedValue
 from fledge.rl.actors import Actors
@@ -30,25 +29,28 @@ from fledge.rl.kl import KLConfig, next_beta
 from fledge.rl.prompts import draw_prompts, generator_of
 from fledge.rl.report import round_metrics, update_metrics
 from fledge.rl.reward import Moments, RewardConfig, shape_scores, token_rewards
-from fledge.rl.rollout import (
-    Episodes,
-    EpisodeShape,
-    Regions,
-    Sampler,
-    Scorer,
-    lay_out,
-    policy_logprobs,
-    state_values,
+from fledge.rl.rollout import Episodes, policy_logprobs, state_values
+from fledge.rl.saving import flat, group_of, load_trainable, trainable
+from fledge.rl.world import (
+    MIN_MINIBATCH,
+    RATIO_TOLERANCE,
+    PretrainMix,
+    Round,
+    World,
+    dump_path,
+    failed_rewards,
+    halt,
+    pretraining_pairs,
+    sample,
+    scorer_figures,
 )
 from fledge.train.device import precision
-from fledge.train.loop import Objective, Pairs, dump_batches, train_step
+from fledge.train.loop import Objective, Pairs, train_step
 from fledge.train.optim import OptimConfig, OptimizerSet
 from fledge.train.schedule import Schedule
-from fledge.types import Completion, Metrics, SamplingParams
+from fledge.types import Completion, Metrics
 
-MIN_MINIBATCH = 8  # fewer episodes make a step's advantages noise
-# How far a probability ratio may be from 1 before anything has been learned: rounding, by precision.
-RATIO_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-2}
+__all__ = ["PPO", "PPOConfig", "PretrainMix", "Round", "World"]
 
 
 @dataclass(frozen=True)
@@ -111,39 +113,6 @@ class PPOConfig:
         return self.epochs * (self.episodes // self.minibatch)
 
 
-@dataclass(frozen=True)
-class PretrainMix:
-    """`batch(step, rows)` gives the pretraining rows of optimizer step `step` and depends on nothing else."""
-
-    objective: Objective
-    batch: Callable[[int, int], TokenBatch]
-
-
-@dataclass(frozen=True)
-class World:
-    """What the policy acts in. `prompts` are token ids; `pad_id`, `stop_ids` and `end_id` as in `EpisodeShape`."""
-
-    prompts: Sequence[Sequence[int]]
-    pad_id: int
-    stop_ids: frozenset[int]
-    end_id: int
-    sampler: Sampler
-    scorer: Scorer
-    pretrain: PretrainMix | None = None
-    regions: Regions = field(default_factory=Regions)
-    dump_folder: Path | None = None
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round did: its metrics (docs/metrics.md), what was said, and the tensors it learned from."""
-
-    metrics: Metrics
-    prompts: list[Sequence[int]]
-    completions: list[Completion]
-    rollout: Rollout
-
-
 class PPO:
     """The state of a PPO run; `round()` advances it. `tensors`, `scalars` and `load` save and restore it to the bit."""
 
@@ -151,9 +120,7 @@ class PPO:
         if config.pretrain_weight > 0 and world.pretrain is None:
             raise ValueError("pretrain_weight is above 0 but there are no pretraining rows; set it to 0")
         self.config, self.actors, self.world = config, actors, world
-        self.shape = EpisodeShape(
-            config.prompt_length, config.response_length, world.pad_id, world.stop_ids, world.end_id
-        )
+        self.shape = world.shape(config.prompt_length, config.response_length)
         # The sampler never draws padding, so the trainer's distribution must not contain it either.
         self.space = ActionSpace(config.response_length, config.temperature, (world.pad_id,))
         self.policy_optimizers = OptimizerSet(actors.policy, config.policy_optim)
@@ -182,11 +149,11 @@ class PPO:
         config = self.config
         chosen = draw_prompts(len(self.world.prompts), config.episodes, seed=config.seed, number=self.round_number)
         prompts = [self.world.prompts[index] for index in chosen]
-        params = SamplingParams(max_tokens=config.response_length, temperature=config.temperature)
         generator = generator_of("sampling", config.seed, self.round_number)
-        with precision(self.device):
-            completions = self.world.sampler(self.actors.policy, prompts, params, generator)
-        return prompts, completions, lay_out(prompts, completions, self.shape).to(self.device)
+        completions, episodes = sample(
+            self.world, self.actors.policy, prompts, self.shape, temperature=config.temperature, generator=generator
+        )
+        return prompts, completions, episodes
 
     def _judge(self, episodes: Episodes) -> tuple[Rollout, Metrics]:
         """What all models say about the episodes, and from it rewards, advantages and returns."""
@@ -197,9 +164,11 @@ class PPO:
             reference_BT = policy_logprobs(actors.reference, episodes, self.space, rows=rows, region=regions.policy)
             values_BT = state_values(actors.value, episodes, rows=rows, region=regions.scores)
             scores_B = self.world.scorer(episodes).float()
-        self.moments = self.moments.with_scores(scores_B)
+        is_paid_B = ~failed_rewards(scores_B)
+        self.moments = self.moments.with_scores(scores_B[is_paid_B])
         shaped_B = shape_scores(scores_B, episodes.ended_B, config.reward, self.moments)
-        mask_BT = episodes.action_mask_BT
+        # An episode whose reward could not be had teaches nothing: none of its tokens is an action any more.
+        shaped_B, mask_BT = torch.where(is_paid_B, shaped_B, 0.0), episodes.action_mask_BT * is_paid_B[:, None]
         rewards_BT = token_rewards(
             old_BT - reference_BT, shaped_B, mask_BT, beta=self.beta, whiten_rewards=config.reward.whiten
         )
@@ -220,9 +189,11 @@ class PPO:
             sampler_logprobs_BT=episodes.sampler_logprobs_BT,
             policy_version=self.round_number,
         )
-        if not bool(torch.isfinite(scores_B).all()):
-            self._halt("a score is not a finite number", rollout)
-        return rollout, round_metrics(rollout, episodes.ended_B, shaped_B)
+        if not is_paid_B.any() or not torch.isfinite(scores_B[is_paid_B]).all():
+            self._halt("a score is not a finite number, or no episode has one", rollout)
+        figures = round_metrics(rollout.rows(is_paid_B), episodes.ended_B[is_paid_B], shaped_B[is_paid_B])
+        figures["failed_rewards"] = float((~is_paid_B).float().mean())
+        return rollout, figures | scorer_figures(self.world.scorer)
 
     def _update(self, rollout: Rollout, scale: float) -> Metrics:
         """Epochs of minibatches: every episode once an epoch, in an order of its own."""
@@ -268,35 +239,32 @@ class PPO:
         return {**value_metrics, **metrics}
 
     def _pretraining(self, index: int) -> list[tuple[Objective, TokenBatch]]:
-        """The pretraining rows of a step, weighed, in pieces that fit a forward pass."""
-        mix, weight = self.world.pretrain, self.config.pretrain_weight
-        if mix is None or weight == 0:
-            return []
-        step = self.round_number * self.config.steps_per_round + index
-        batch = mix.batch(step, self.config.pretrain_rows)
-        objective = Weighted(mix.objective, weight)
-        return [(objective, part) for part in split_rows(batch, self.config.forward_rows)]
+        config = self.config
+        step = self.round_number * config.steps_per_round + index
+        return pretraining_pairs(
+            self.world.pretrain,
+            config.pretrain_weight,
+            step=step,
+            rows=config.pretrain_rows,
+            forward_rows=config.forward_rows,
+        )
 
     def _dump_path(self, name: str) -> Path | None:
-        folder = self.world.dump_folder
-        return None if folder is None else folder / f"halted-{self.round_number}-{name}.safetensors"
+        return dump_path(self.world, self.round_number, name)
 
     def _halt(self, why: str, batch: Rollout) -> NoReturn:
-        path = self._dump_path("rollout")
-        if path is not None:
-            dump_batches([(ClippedPolicy(self.space), batch)], path)
-        raise TrainingHalted(f"PPO round {self.round_number}: {why}; batch in {path or 'nowhere (no dump_folder)'}")
+        halt(self.world, self.round_number, why, batch, self.space)
 
     def tensors(self) -> dict[str, Tensor]:
         """All trained weights, their averages and optimizer states, flat by name; not copies."""
         groups = {
-            "policy": _trainable(self.actors.policy),
-            "value": _trainable(self.actors.value),
+            "policy": trainable(self.actors.policy),
+            "value": trainable(self.actors.value),
             "ema": self.ema.state(),
             "policy_optimizer": self.policy_optimizers.tensors(),
             "value_optimizer": self.value_optimizers.tensors(),
         }
-        return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+        return flat(groups)
 
     def scalars(self) -> dict[str, Any]:
         """What `tensors` cannot hold, as JSON values. `round` is also the prompt cursor and the state of all draws."""
@@ -304,46 +272,10 @@ class PPO:
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Go on where another PPO of the same config and world stood. CheckpointError if the weights do not fit."""
-        _load_trainable(self.actors.policy, group_of(tensors, "policy"))
-        _load_trainable(self.actors.value, group_of(tensors, "value"))
+        load_trainable(self.actors.policy, group_of(tensors, "policy"))
+        load_trainable(self.actors.value, group_of(tensors, "value"))
         self.ema.load(group_of(tensors, "ema"))
         self.policy_optimizers.load_tensors(group_of(tensors, "policy_optimizer"))
         self.value_optimizers.load_tensors(group_of(tensors, "value_optimizer"))
         self.round_number, self.beta = int(scalars["round"]), float(scalars["beta"])
         self.moments = Moments(**scalars["moments"])
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """Another objective with every term's weight times `weight`."""
-
-    objective: Objective
-    weight: float
-
-    def loss(self, model: Any, batch: Any) -> Loss:
-        loss = self.objective.loss(model, batch)
-        terms = {name: replace(term, weight=term.weight * self.weight) for name, term in loss.terms.items()}
-        return replace(loss, terms=terms)
-
-
-def split_rows(batch: TokenBatch, rows: int) -> list[TokenBatch]:
-    """The same rows, at most `rows` a piece."""
-    pieces = (tensor.split(rows) for tensor in vars(batch).values())
-    return [TokenBatch(*tensors) for tensors in zip(*pieces, strict=True)]
-
-
-def group_of(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
-    """The tensors named "<group>/<name>", by name."""
-    return {key.removeprefix(f"{group}/"): t for key, t in tensors.items() if key.startswith(f"{group}/")}
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    weights = _trainable(model)
-    if {name: w.shape for name, w in weights.items()} != {name: t.shape for name, t in tensors.items()}:
-        raise CheckpointError("the saved PPO state is of other models; was it made with another plan?")
-    for name, weight in weights.items():
-        weight.copy_(tensors[name])

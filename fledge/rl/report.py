@@ -1,4 +1,4 @@
-"""The figures of a PPO round, under the names of docs/metrics.md.
+"""The figures of a round of PPO, or of groups, under the names of docs/metrics.md.
 
 Suffixes: B episodes, T positions. Means over tokens run over actions only.
 """
@@ -10,14 +10,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fledge.batches import Rollout
+from fledge.batches import GroupRollout, Rollout
+from fledge.rl.groups import spread
 from fledge.rl.kl import k1, k3
 from fledge.types import Metrics
 
 
 @torch.no_grad()
 def round_metrics(rollout: Rollout, ended_B: Tensor, shaped_B: Tensor) -> Metrics:
-    """What the episodes were like, before anything is learned from them."""
+    """What the episodes of PPO were like, before anything is learned from them."""
+    mask_BT = rollout.action_mask_BT
+    figures = {
+        "episode_reward": rollout.rewards_BT.sum(dim=1).mean(),
+        "explained_variance": explained_variance(rollout.old_values_BT, rollout.returns_BT, mask_BT),
+        "return_mean": (rollout.returns_BT * mask_BT).sum() / mask_BT.sum(),
+    }
+    return {name: float(figure) for name, figure in figures.items()} | episode_metrics(rollout, ended_B, shaped_B)
+
+
+@torch.no_grad()
+def group_metrics(rollout: GroupRollout, ended_B: Tensor, shaped_B: Tensor, group_size: int) -> Metrics:
+    """What the groups were like: figures of the episodes that have a reward, and how many groups can teach anything."""
+    is_paid_B = ~rollout.scores_B.isnan()
+    figures = episode_metrics(rollout.rows(is_paid_B), ended_B[is_paid_B], shaped_B[is_paid_B])
+    advantage_B = rollout.advantages_BT.abs().amax(dim=1)[is_paid_B]
+    return figures | {
+        "groups_without_spread": float((~spread(shaped_B, group_size)).float().mean()),
+        "advantage_size": float(advantage_B.mean()),
+        "failed_rewards": float((~is_paid_B).float().mean()),
+    }
+
+
+@torch.no_grad()
+def episode_metrics(rollout: Rollout, ended_B: Tensor, shaped_B: Tensor) -> Metrics:
+    """What every algorithm tells of its episodes."""
     mask_BT = rollout.action_mask_BT
     num_actions = mask_BT.sum()
     delta_BT = (rollout.old_logprobs_BT - rollout.reference_logprobs_BT) * mask_BT
@@ -32,11 +58,8 @@ def round_metrics(rollout: Rollout, ended_B: Tensor, shaped_B: Tensor) -> Metric
         "score_std": rollout.scores_B.std(correction=0),
         "shaped_score_mean": shaped_B.mean(),
         "shaped_score_std": shaped_B.std(correction=0),
-        "episode_reward": rollout.rewards_BT.sum(dim=1).mean(),
         "response_length": length_B.mean(),
         "end_rate": ended_B.float().mean(),
-        "explained_variance": explained_variance(rollout.old_values_BT, rollout.returns_BT, mask_BT),
-        "return_mean": (rollout.returns_BT * mask_BT).sum() / num_actions,
     }
     return {**{name: float(figure) for name, figure in figures.items()}, **sampler_gap(rollout)}
 

@@ -52,6 +52,8 @@ class Moments:
 
     def with_scores(self, scores_B: Tensor) -> Moments:
         scores_B = scores_B.double()
+        if not scores_B.numel():
+            return self
         num, mean = scores_B.numel(), float(scores_B.mean())
         total = self.count + num
         gap = mean - self.mean

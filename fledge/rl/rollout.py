@@ -68,6 +68,15 @@ class Episodes:
     def to(self, device: torch.device) -> Episodes:
         return Episodes(*(tensor.to(device) for tensor in vars(self).values()))
 
+    def rows(self, indices: Tensor) -> Episodes:
+        """The episodes at `indices`, in that order."""
+        return Episodes(*(tensor[indices] for tensor in vars(self).values()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Episodes]) -> Episodes:
+        """The episodes of all parts, one part after another."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
+
     def chunks(self, size: int) -> Iterator[Episodes]:
         """The same episodes, `size` at a time."""
         pieces = (tensor.split(size) for tensor in vars(self).values())

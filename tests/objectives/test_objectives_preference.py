@@ -10,6 +10,7 @@ import torch
 
 from fledge.errors import DataError
 from fledge.models.llama import Llama, LlamaConfig
+from fledge.objectives.completions import completion_logprobs
 from fledge.objectives.preference import Preference, PreferenceIds, preference_loss, smoothed, with_reference
 from fledge.train.loop import train_step
 from fledge.train.optim import OptimConfig, OptimizerSet
@@ -143,21 +144,19 @@ def test_every_completion_passes_through_the_model_once_however_many_pairs_it_is
     prompt, answers = (3, 4), [(5, 6), (7,), (8, 9, 10)]
     pairs = [PreferenceIds(prompt, answers[i], answers[j], weight=1 / 3) for i, j in ((0, 1), (0, 2), (1, 2))]
     batch, seen, policy = OBJECTIVE.collate(pairs), [], model()
-    policy.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
+
+    def counted(*args):
+        seen.append(args[1].shape[0])
+        return completion_logprobs(*args)
+
     assert batch.tokens_NT.shape == (3, 5)
     assert batch.counts == {"preference": pytest.approx(1.0)}
-    cached = replace(batch, reference_N=torch.zeros(3))
-    together = OBJECTIVE.loss(policy, cached).terms["preference"]
-    assert sum(seen) <= 3
-    alone = sum(
-        float(
-            OBJECTIVE.loss(policy, replace(OBJECTIVE.collate([one]), reference_N=torch.zeros(2)))
-            .terms["preference"]
-            .sum
-        )
-        for one in pairs
-    )
-    assert float(together.sum.detach()) == pytest.approx(alone, abs=1e-5)
+    objective = replace(OBJECTIVE, region=counted)
+    together = objective.loss(policy, replace(batch, reference_N=torch.zeros(3))).terms["preference"]
+    assert seen == [3]
+    each = [replace(OBJECTIVE.collate([one]), reference_N=torch.zeros(2)) for one in pairs]
+    alone = [objective.loss(policy, one).terms["preference"].sum.detach() for one in each]
+    assert float(together.sum.detach()) == pytest.approx(float(sum(alone)), abs=1e-5)
 
 
 def test_gradient_does_not_depend_on_how_the_batch_is_cut():

@@ -20,9 +20,10 @@ from fledge.objectives.clipped_policy import ClippedPolicy, action_logprobs
 from fledge.rl import ppo as ppo_module
 from fledge.rl.actors import Actors
 from fledge.rl.kl import KLConfig
-from fledge.rl.ppo import PPO, PPOConfig, Weighted, split_rows
+from fledge.rl.ppo import PPO, PPOConfig
 from fledge.rl.reward import RewardConfig
 from fledge.rl.rollout import Regions
+from fledge.rl.world import Weighted, split_rows
 from fledge.train.optim import OptimConfig
 
 SMALL = toy.config(rounds=4, episodes=16, minibatch=8, epochs=2)
