@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def file_examples(path: Path, source: str, *, bad: Drops | None = None) -> Itera
 
     A row of a wrong type raises `DataError` naming it, or, given `bad`, is counted there.
     """
-    for number, record in enumerate(_records(path)):
+    for number, record in enumerate(table_records(path, lambda names: _columns(path, names))):
         where = f"{path}, row {number}"
         try:
             yield record_example(record, source, f"{path.name}:{number}", USER_LICENCE, where=where)
@@ -32,11 +32,13 @@ def file_examples(path: Path, source: str, *, bad: Drops | None = None) -> Itera
             bad.add("not a usable record", where)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def table_records(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, of the columns that `choose` picks from the file's (all without it); `DataError` if
+    the file is damaged."""
     with open_binary(path) as file:
         try:
             table = pq.ParquetFile(file)
-            columns = _columns(path, table.schema_arrow.names)
+            columns = choose(table.schema_arrow.names) if choose else None
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:

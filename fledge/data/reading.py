@@ -7,8 +7,11 @@ hands in a `Drops`, which counts it instead; nothing is ever skipped without one
 from __future__ import annotations
 
 import codecs
+import contextlib
+import gzip
 import io
 import stat
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +59,15 @@ def open_binary(path: Path) -> io.BufferedReader:
         raise DataError(f"cannot read {path}: {reason}; check the path and its permissions, or leave it out") from error
 
 
+def open_unpacked(path: Path) -> io.BufferedIOBase:
+    """`open_binary`, and what a file that ends in .gz holds."""
+    file = open_binary(path)
+    if path.suffix.lower() != ".gz":
+        return file
+    file.close()
+    return gzip.GzipFile(path)
+
+
 def text_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     """The file's text in blocks of about `block_bytes`, newlines as \\n, a byte order mark removed.
 
@@ -64,7 +76,7 @@ def text_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
     offset = 0
-    with open_binary(path) as file:
+    with open_unpacked(path) as file:
         while True:
             raw = _read(file, path, block_bytes)
             block = raw.removeprefix(codecs.BOM_UTF8) if offset == 0 else raw
@@ -86,9 +98,9 @@ def lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, st
 
     Raises `DataError` for a line longer than `max_bytes`, NUL bytes and invalid UTF-8, naming the line.
     """
-    with open_binary(path) as file:
+    with open_unpacked(path) as file:
         number = 0
-        while raw := file.readline(max_bytes + 1):
+        while raw := _read_line(file, path, max_bytes + 1):
             number += 1
             if len(raw) > max_bytes and not raw.endswith(b"\n"):
                 raise DataError(
@@ -106,9 +118,23 @@ def lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, st
                 yield number, line
 
 
-def _read(file: io.BufferedReader, path: Path, size: int) -> bytes:
-    try:
+def _read(file: io.BufferedIOBase, path: Path, size: int) -> bytes:
+    with _explaining(path):
         return file.read(size)
+
+
+def _read_line(file: io.BufferedIOBase, path: Path, size: int) -> bytes:
+    with _explaining(path):
+        return file.readline(size)
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Turn what a disk or a packed file answers into one line that says what to do."""
+    try:
+        yield
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path} is damaged or no gzip file ({error}); fetch it again or leave it out") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; copy the file elsewhere or leave it out") from error
 
