@@ -19,6 +19,7 @@ import numpy as np
 from fledge.config import config_hash
 from fledge.errors import TokenizerError
 from fledge.text.tokenizer import Tokenizer
+from fledge.text.tools import show_tools
 from fledge.types import Conversation, Message, Piece, Rendered, Role, Termination, TextPart
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -82,12 +83,13 @@ class ChatRenderer:
             )
 
     def render(self, conversation: Conversation, *, ended: bool = True) -> Rendered:
-        """The whole conversation, verbatim. The mask is true on the assistant's tokens and their `<|end|>` (C9).
+        """The whole conversation, verbatim. The mask is true on the assistant's tokens and their `<|end|>` (C9);
+        its tools stand in the system message.
 
         With `ended` false the last turn is left open, as an answer that ran out of tokens was.
         """
         ids, mask = [self.start_id], [False]
-        for message in conversation.messages:
+        for message in show_tools(conversation).messages:
             turn = self.turn(message)
             ids += turn.ids
             mask += turn.loss_mask

@@ -162,7 +162,7 @@ def _refuse_unknown(place: Schema, path: tuple[str, ...]) -> None:
                 f"JSON schema keyword '{key}' at {_where(path)} cannot be enforced; leave it out and check the answer"
             )
         raise UserError(
-            f"no JSON schema keyword '{key}' (at {_where(path)}) is known; {nearest(key, ENFORCED)}"
+            f"no JSON schema keyword '{_word(key)}' (at {_where(path)}) is known; {nearest(key, ENFORCED)}"
         )
     kinds = place.get("type", ())
     for kind in [kinds] if not isinstance(kinds, list | tuple) else kinds:
@@ -185,7 +185,7 @@ def _refuse_wrong_ref(place: Schema, path: tuple[str, ...], places: Mapping[tupl
         )
     steps = [unquote(step).replace("~1", "/").replace("~0", "~") for step in ref[1:].split("/")[1:]]
     if tuple(steps) not in places:
-        raise UserError(f"$ref '{ref}' at {_where(path)} points to no schema")
+        raise UserError(f"$ref {_short(ref)} at {_where(path)} points to no schema")
 
 
 def _refuse_loose(place: Schema, path: tuple[str, ...]) -> None:
@@ -210,7 +210,7 @@ def _options(given: Any) -> Schema:
     known = ("whitespace_flexible", *_OPTIONS)
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"x-guidance option '{key}' is not taken; {nearest(key, known)}")
+            raise UserError(f"x-guidance option '{_word(key)}' is not taken; {nearest(key, known)}")
         if key == "whitespace_flexible":
             is_sound = isinstance(value, bool)
         else:
@@ -237,7 +237,12 @@ def _no_number(name: str) -> float:
 
 
 def _where(path: tuple[str, ...]) -> str:
-    return "#" + "".join(f"/{step}" for step in path)[:200]
+    return "#" + "".join(f"/{_word(step)}" for step in path)[:200]
+
+
+def _word(text: str) -> str:
+    """A name as it may stand in a message of one line."""
+    return json.dumps(text, ensure_ascii=False)[1:-1][:100]
 
 
 def _short(value: Any) -> str:
