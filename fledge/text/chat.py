@@ -158,7 +158,7 @@ def conversation_piece(renderer: ChatRenderer, conversation: Conversation, max_l
     if the last exchange alone is too long, its tail is cut. None if no token of the assistant's is left to learn, so
     that no row is ever fully masked. `conversation` should be `normalise`d.
     """
-    messages = conversation.messages
+    messages = show_tools(conversation).messages
     while messages and messages[-1].role != "assistant":
         messages = messages[:-1]
     head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
