@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fledge
 from fledge.config import from_json, to_json
@@ -140,7 +141,8 @@ def load_model(
     for name, expected in files.items():
         _verify(directory / name, expected)
     config_class, model_class = load_family(info.family)
-    model: nn.Module = model_class(from_json(config_class, info.config))
+    with _Undrawn():
+        model: nn.Module = model_class(from_json(config_class, info.config))
     if prepare is not None:
         prepare(model, info)
     elif info.quantized:
@@ -164,6 +166,16 @@ def load_model(
     model.eval()
     hashed = files["model.safetensors"]
     return LoadedModel(model.to(device or torch.device("cpu")), tokenizer, renderer, info, hashed, directory)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within it nothing is drawn: weights that are read over anyway stay as they were allocated, which takes most of
+    the time out of loading."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def load_blocks(loaded: LoadedModel) -> dict[str, Blocks]:
