@@ -62,6 +62,16 @@ FAMILIES = (
         ("llama",),
     ),
     Family(
+        "qwen",
+        2024,
+        "causal",
+        "Yang et al. 2024, 2025",
+        "fledge.models.qwen",
+        "QwenConfig",
+        "Qwen",
+        ("qwen2", "qwen3"),
+    ),
+    Family(
         "pocket",
         2026,
         "causal",

@@ -53,6 +53,11 @@ _GATED = {
     "ffn_gate.weight": ("mlp.gate.weight",),
 }
 _FUSED = {**_SHARED, "attn_qkv.weight": tuple(f"attention.{ours}.weight" for ours in _PARTS.values())}
+_QKV_BIASES = {f"{theirs}.bias": (f"attention.{ours}.bias",) for theirs, ours in _PARTS.items()}
+_HEAD_NORMS = {
+    "attn_q_norm.weight": ("attention.query_norm.weight",),
+    "attn_k_norm.weight": ("attention.key_norm.weight",),
+}
 _ENDS = {EMBEDDING: ("tokens.weight",), "output_norm.weight": ("final_norm.weight",), HEAD: ("head.weight",)}
 _SIZES = {
     "embedding_length": "width",
@@ -67,6 +72,7 @@ _GATED_SIZES = {
     "rope.freq_base": "rope_base",
     "attention.layer_norm_rms_epsilon": "norm_eps",
 }
+_QWEN_SIZES = {**_GATED_SIZES, "attention.key_length": "head_width"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ LAYOUTS = (
         _with_biases(_FUSED),
         {"block": "pre_norm", "window": None},
     ),
+    Layout("qwen2", "qwen", _QWEN_SIZES, _ENDS, {**_GATED, **_QKV_BIASES}, {"attention": "biased"}),
+    Layout("qwen3", "qwen", _QWEN_SIZES, _ENDS, {**_GATED, **_HEAD_NORMS}, {"attention": "normed"}),
 )
 
 
@@ -174,8 +182,12 @@ def _read_config(layout: Layout, file: GGUFFile) -> dict[str, Any]:
         if value not in accepted:
             raise ConfigError(f"{start}{key} {value!r} is not supported: known is {accepted[0]!r}")
     fields = load_family(layout.family)[0].__dataclass_fields__
+    if "rope_base" in fields:
+        config.setdefault("rope_base", 10000.0)  # the specification's default
     if "num_kv_heads" in fields:
         config.setdefault("num_kv_heads", config.get("num_heads"))
+    if "head_width" in fields:
+        config.setdefault("head_width", _default_head_width(config))
     if "is_head_tied" in fields:
         config["is_head_tied"] = HEAD not in file.entries
     _check_widths(layout, given, config)
@@ -199,15 +211,19 @@ def _embedding_rows(file: GGUFFile) -> int:
 
 def _check_widths(layout: Layout, given: dict[str, Any], config: dict[str, Any]) -> None:
     """Take out the settings that only say a width again; `ConfigError` if they say another one."""
-    width, num_heads = config.get("width"), config.get("num_heads")
-    if not isinstance(width, int) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ConfigError("embedding_length and attention.head_count must be there, as positive numbers")
-    head_width = config.get("head_width", width // num_heads)
+    head_width, width = config.get("head_width", _default_head_width(config)), config["width"]
     for key in HEAD_WIDTHS:
         if given.pop(key, head_width) != head_width:
             raise ConfigError(f"{layout.architecture}.{key} is not supported: known is the head width, {head_width}")
     if "feed_forward_length" not in layout.settings and given.pop("feed_forward_length", 4 * width) != 4 * width:
         raise ConfigError(f"{layout.architecture}.feed_forward_length is not supported: known is {4 * width}")
+
+
+def _default_head_width(config: Mapping[str, Any]) -> int:
+    width, num_heads = config.get("width"), config.get("num_heads")
+    if not isinstance(width, int) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ConfigError("embedding_length and attention.head_count must be there, as positive numbers")
+    return width // num_heads
 
 
 def _read_stretch(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,6 +308,8 @@ def settings_of(family_name: str, model: nn.Module, kind: str) -> dict[str, Any]
         found[f"{layout.architecture}.{key}"] = value
     if "feed_forward_length" not in layout.settings:
         found[f"{layout.architecture}.feed_forward_length"] = 4 * int(config.width)  # type: ignore[union-attr, arg-type]
+    if layout.architecture.startswith("qwen"):
+        found[f"{layout.architecture}.attention.value_length"] = config.head_width  # type: ignore[union-attr]
     if "rope.freq_base" in layout.settings:
         found[f"{layout.architecture}.rope.dimension_count"] = config.head_width  # type: ignore[union-attr]
     return found

@@ -17,6 +17,7 @@ from fledge.layers.attention import RowContext
 from fledge.layers.rope import Llama3Scaling
 from fledge.models.gpt import GPT, GPTConfig
 from fledge.models.llama import Llama, LlamaConfig
+from fledge.models.qwen import Qwen, QwenConfig
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -47,6 +48,22 @@ THEIRS = {
         vocab_size=71, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, rope_parameters=dict(LLAMA3_ROPE), max_position_embeddings=128,
     ),
+    "qwen2-grouped": lambda: transformers.Qwen2Config(
+        vocab_size=89, hidden_size=48, intermediate_size=50, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=64,
+    ),
+    "qwen2-tied": lambda: transformers.Qwen2Config(
+        vocab_size=53, hidden_size=36, intermediate_size=19, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-5,
+    ),
+    "qwen3-wide-heads": lambda: transformers.Qwen3Config(
+        vocab_size=71, hidden_size=40, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=18, max_position_embeddings=64, rope_theta=700.0,
+    ),
+    "qwen3-tied": lambda: transformers.Qwen3Config(
+        vocab_size=53, hidden_size=36, intermediate_size=19, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 OURS = {
     "gpt2": GPT(GPTConfig(97, 36, 3, 4, 40)),
@@ -54,6 +71,9 @@ OURS = {
     "llama": Llama(LlamaConfig(89, 48, 3, 6, 2, 50, 64, rope_base=700.0)),
     "llama-tied": Llama(LlamaConfig(53, 36, 2, 3, 1, 19, 2048, is_head_tied=True, norm_eps=1e-6)),
     "llama3-rope": Llama(LlamaConfig(71, 64, 2, 2, 2, 80, 128, 5000.0, Llama3Scaling(8.0, 1.0, 4.0, 16))),
+    "qwen2": Qwen(QwenConfig(89, 48, 3, 6, 2, 8, 50, "biased", 64, rope_base=700.0)),
+    "qwen2-tied": Qwen(QwenConfig(53, 36, 2, 3, 1, 14, 19, "biased", 32, is_head_tied=True, norm_eps=1e-5)),
+    "qwen3": Qwen(QwenConfig(71, 40, 3, 4, 2, 18, 24, "normed", 64)),
 }
 
 

@@ -16,6 +16,7 @@ from fledge.layers.rope import Llama3Scaling
 from fledge.models.gpt import GPTConfig
 from fledge.models.llama import LlamaConfig
 from fledge.models.pocket import PocketConfig
+from fledge.models.qwen import QwenConfig
 from fledge.registry import FAMILIES, load_family
 
 VOCAB = 43
@@ -30,6 +31,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "plain": LlamaConfig(VOCAB, 24, 2, 3, 3, 17),
         "grouped-tied": LlamaConfig(VOCAB, 24, 3, 6, 2, 17, 20, is_head_tied=True),
         "stretched": LlamaConfig(VOCAB, 24, 2, 3, 1, 17, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 8)),
+    },
+    "qwen": {
+        "biased": QwenConfig(VOCAB, 24, 2, 3, 3, 8, 17, "biased"),
+        "biased-grouped-tied": QwenConfig(VOCAB, 24, 3, 6, 2, 6, 17, "biased", 20, is_head_tied=True),
+        "normed": QwenConfig(VOCAB, 24, 2, 3, 1, 10, 17, "normed"),
     },
     "pocket": {
         "tables": PocketConfig(VOCAB, 24, 3, 2, table_rows=61),

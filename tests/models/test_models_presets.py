@@ -12,10 +12,11 @@ from fledge.models.gpt import PRESETS as GPT_PRESETS
 from fledge.models.llama import PRESETS as LLAMA_PRESETS
 from fledge.models.llama import Llama
 from fledge.models.presets import count_parameters, preset, presets
+from fledge.models.qwen import PRESETS as QWEN_PRESETS
 
 
 def test_presets_are_those_of_all_model_files() -> None:
-    assert {name: config for name, (_, config) in presets().items()} == GPT_PRESETS | LLAMA_PRESETS
+    assert {name: config for name, (_, config) in presets().items()} == GPT_PRESETS | LLAMA_PRESETS | QWEN_PRESETS
     assert preset("llama2-7b") == ("llama", LLAMA_PRESETS["llama2-7b"])
 
 
