@@ -46,9 +46,10 @@ class Answer:
         self._uniforms = _randomness(request, index)
 
     @property
-    def wants_model(self) -> bool:
-        """Whether the model's own log-probability of every token is needed."""
-        return self.request.top_logprobs is not None or _is_choosy(self.request)
+    def num_top(self) -> int | None:
+        """How many alternatives to every token are wanted; None: not even the model's own log-probability is."""
+        wanted = self.request.top_logprobs
+        return 0 if wanted is None and _is_choosy(self.request) else wanted
 
     def uniform(self, num_ahead: int) -> float:
         """The random number that decides the token after `num_ahead` more ones."""

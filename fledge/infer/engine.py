@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -24,19 +23,16 @@ from fledge.infer import scoring
 from fledge.infer.adapters import Adapters
 from fledge.infer.answers import Answer, Job
 from fledge.infer.causal import CausalModel, device_of, evaluating
-from fledge.infer.choosing import Choice, Row, choose, read_logprobs
-from fledge.infer.grammar import GrammarCompiler
+from fledge.infer.choosing import Choice
 from fledge.infer.paged import Pages
 from fledge.infer.runner import Runner, count_blocks, probe_sites
 from fledge.infer.scheduler import Scheduler, SchedulerConfig, SchedulerStats
-from fledge.infer.sequence import Live, Span, StepPlan
+from fledge.infer.sequence import Live, Span
 from fledge.infer.shaping import check_ids
+from fledge.infer.stepping import Stepper, Written
 from fledge.layers.lora import Adapter, plain_state
 from fledge.text.tokenizer import Tokenizer
 from fledge.types import Completion, Request, TokenEvent
-
-# Positions of a prompt whose distributions are worked out at once: 128 x 50,000 float32 are 26 MB.
-_PROMPT_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,6 @@ class Engine:
         self._model, self._tokenizer = model, tokenizer
         self._device = device_of(model)
         _check_vocabulary(model, tokenizer)
-        # Padding, and ids that the model has but no token, are never drawn.
-        unused = range(tokenizer.vocab_size, model.vocab_size)
-        self._banned = torch.tensor([tokenizer.pad_id, *unused], device=self._device)
         sites = probe_sites(model)
         self._position_bytes = sum(shape.num_bytes for shape in sites.values())
         size = self.config.block_size
@@ -91,9 +84,10 @@ class Engine:
             SchedulerConfig(num_blocks, size, self.config.max_live, self.config.max_step_tokens)
         )
         self._adapters = Adapters(cast(nn.Module, model))
-        self._runner = Runner(model, Pages(sites, num_blocks, size, self._device), self._adapters)
+        self._runner = Runner(model, Pages(sites, num_blocks, size, self._device))
+        self._stepper = Stepper(model, tokenizer, self._runner, self._adapters)
         self._jobs: dict[str, Job] = {}
-        self._answers: dict[int, tuple[Job, Answer]] = {}  # by live.id
+        self._written: dict[int, Written] = {}  # by live.id
         self._outbox: list[TokenEvent] = []
         self._num_lives = self._num_requests = self._num_steps = 0
         self._step_seconds = 0.0
@@ -112,7 +106,7 @@ class Engine:
         self._jobs[request.id] = job
         self._num_requests += 1
         for answer in job.answers:
-            self._answers[answer.live.id] = job, answer
+            self._written[answer.live.id] = Written(job, answer)
             # The prompt's own log-probabilities need every position of it run, once.
             reads_all = request.prompt_logprobs is not None and answer.index == 0
             self._scheduler.add(answer.live, reads_all=reads_all)
@@ -136,11 +130,11 @@ class Engine:
             return events
         began = time.perf_counter()
         with self._evaluating():
-            choices = self._run(plan)
-        drawn = {live_id: self._accept(live_id, span, own, events) for live_id, span, own in choices}
+            choices = self._stepper.run(plan, self._written)
+        drawn = {span.live.id: self._accept(span, own, events) for span, own in choices}
         self._scheduler.commit(plan, drawn)
         for live_id in drawn:
-            _, answer = self._answers[live_id]
+            answer = self._written[live_id].answer
             if answer.finish_reason is not None:
                 self._drop(answer)
         self._num_steps += 1
@@ -231,69 +225,15 @@ class Engine:
         )
         self._num_lives += 1
         grammar = request.grammar
-        matcher = None if grammar is None else self._grammars.matcher(grammar, request.stop_ids)
+        matcher = None if grammar is None else self._stepper.grammars.matcher(grammar, request.stop_ids)
         return Answer(request, index, live, self._tokenizer, matcher, self._device)
 
-    @cached_property
-    def _grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self._tokenizer, vocab_size=self._model.vocab_size)
-
-    def _run(self, plan: StepPlan) -> list[tuple[int, Span, list[Choice]]]:
-        """One forward pass: for every span that draws, what follows each of its last 1 + num_draft positions."""
-        names = [self._answers[span.live.id][1].request.adapter for span in plan.spans]
-        states = self._runner.run(plan.spans, [self._num_wanted(span) for span in plan.spans], names)
-        drawing = [(span, state) for span, state in zip(plan.spans, states, strict=True) if span.draws]
-        for span, state in zip(plan.spans, states, strict=True):
-            self._read_prompt(span, state)
-        if not drawing:
-            return []
-        x_WD = torch.cat([state[-1 - span.num_draft :] for span, state in drawing])
-        allowed = self._allowed([span for span, _ in drawing])
-        rows = [row for span, _ in drawing for row in self._rows(span, allowed.get(span.live.id))]
-        logits_WV = self._unembed(x_WD, [(span, 1 + span.num_draft) for span, _ in drawing])
-        choices = iter(choose(logits_WV, rows, self._banned))
-        return [
-            (span.live.id, span, [next(choices) for _ in range(1 + span.num_draft)]) for span, _ in drawing
-        ]
-
-    def _unembed(self, x_WD: Tensor, owners: Sequence[tuple[Span, int]]) -> Tensor:
-        """logits_WV; `owners` says whose how many rows are, side by side."""
-        self._adapters.route([(self._answers[span.live.id][1].request.adapter, n) for span, n in owners])
-        return self._model.unembed(x_WD[None])[0]
-
-    def _allowed(self, spans: Sequence[Span]) -> dict[int, Tensor]:
-        """By live.id, the masks (1 + num_draft, V) of the answers that have a grammar."""
-        held = [(span, matcher) for span in spans if (matcher := self._answers[span.live.id][1].matcher)]
-        if not held:
-            return {}
-        drafts = [(matcher, span.live.draft[: span.num_draft]) for span, matcher in held]
-        masks = self._grammars.masks(drafts).split([1 + span.num_draft for span, _ in held])
-        return {span.live.id: own for (span, _), own in zip(held, masks, strict=True)}
-
-    def _rows(self, span: Span, allowed: Tensor | None) -> list[Row]:
-        _, answer = self._answers[span.live.id]
-        num_top = answer.request.top_logprobs or 0 if answer.wants_model else None
-        draft = tuple(span.live.draft[: span.num_draft])
-        return [
-            Row(
-                answer.params,
-                answer.shaper,
-                answer.uniform(i),
-                draft[:i],
-                None if allowed is None else allowed[i],
-                num_top,
-            )
-            for i in range(1 + span.num_draft)
-        ]
-
-    def _accept(
-        self, live_id: int, span: Span, choices: Sequence[Choice], events: list[TokenEvent]
-    ) -> list[int]:
+    def _accept(self, span: Span, choices: Sequence[Choice], events: list[TokenEvent]) -> list[int]:
         """The tokens that the answer goes on with: as many as follow the draft, and one more.
 
         Every position was drawn as if there were no draft, so what is kept is what would have been drawn one by one.
         """
-        job, answer = self._answers[live_id]
+        job, answer = self._written[span.live.id]
         tokens: list[int] = []
         for place, choice in enumerate(choices):
             event = answer.take(choice)
@@ -308,38 +248,9 @@ class Engine:
         """The answer has ended: its blocks are free."""
         self._scheduler.finish(answer.live.id)
         self._runner.forget(answer.live)
-        job, _ = self._answers.pop(answer.live.id)
+        job = self._written.pop(answer.live.id).job
         if job.is_finished:
             self._jobs.pop(job.request.id, None)
-
-    # The prompt's own log-probabilities
-
-    def _num_wanted(self, span: Span) -> int:
-        """How many of the span's last positions the model must speak at."""
-        if self._num_unread(span) > 0:
-            return span.start + span.count - self._first_unread(span)
-        return 1 + span.num_draft if span.draws else 0
-
-    def _first_unread(self, span: Span) -> int:
-        job, _ = self._answers[span.live.id]
-        return max(span.start, len(job.prompt))
-
-    def _num_unread(self, span: Span) -> int:
-        """How many positions of the span predict tokens of the prompt that are wanted and not known yet."""
-        job, answer = self._answers[span.live.id]
-        if job.request.prompt_logprobs is None or answer.index != 0:
-            return 0
-        return min(span.start + span.count, span.live.num_prompt - 1) - self._first_unread(span)
-
-    def _read_prompt(self, span: Span, state_WD: Tensor) -> None:
-        num_unread, first = self._num_unread(span), self._first_unread(span)
-        job, _ = self._answers[span.live.id]
-        for start in range(0, num_unread, _PROMPT_ROWS):
-            x_WD = state_WD[start : min(start + _PROMPT_ROWS, num_unread)]
-            logprobs_WV = self._unembed(x_WD, [(span, len(x_WD))]).float().log_softmax(dim=-1)
-            place = first + start + 1
-            tokens_W = torch.tensor(span.live.tokens[place : place + len(x_WD)], device=self._device)
-            job.prompt += read_logprobs(logprobs_WV, tokens_W, [job.request.prompt_logprobs or 0] * len(x_WD))
 
     # What is refused
 
@@ -354,7 +265,7 @@ class Engine:
             raise UserError(f"the seed {params.seed} is not a number of 64 bits")
         self._adapters.require(request.adapter)
         if request.grammar is not None:
-            self._grammars.check(request.grammar)
+            self._stepper.grammars.check(request.grammar)
 
     def _check_ids(self, ids: Sequence[int], max_tokens: int = 0) -> None:
         vocab_size, longest = self._model.vocab_size, self._model.config.max_positions

@@ -10,7 +10,7 @@ Shapes: T new tokens, N spans, M blocks of a table, Q tokens that attend one by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fledge.errors import UserError
-from fledge.infer.adapters import Adapters
 from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.paged import Chunk, Layout, PagedContext, Pages, SiteShape
 from fledge.infer.sequence import Live, Span
@@ -56,9 +55,8 @@ def probe_sites(model: CausalModel) -> dict[int, SiteShape]:
 
 def count_blocks(sites: dict[int, SiteShape], block_size: int, num_bytes: int) -> int:
     """How many blocks `num_bytes` of memory hold. `UserError` if not even one."""
-    block_bytes = block_size * (
-        sum(shape.num_bytes for shape in sites.values()) + 8
-    )  # 8: the tokens themselves
+    token_bytes = torch.int64.itemsize
+    block_bytes = block_size * (sum(shape.num_bytes for shape in sites.values()) + token_bytes)
     if num_bytes < 2 * block_bytes:  # one is kept for padding
         raise UserError(
             f"a cache of {num_bytes} bytes does not hold a block of {block_size} positions, which takes {block_bytes}; "
@@ -67,41 +65,35 @@ def count_blocks(sites: dict[int, SiteShape], block_size: int, num_bytes: int) -
     return num_bytes // block_bytes - 1
 
 
+def in_running_order(spans: Sequence[Span]) -> list[Span]:
+    """Those whose tokens attend one by one come first; otherwise as they were."""
+    return sorted(spans, key=lambda span: span.count > SHORT_SPAN)
+
+
 class Runner:
     """Runs a model over spans. `pages` belongs to it alone."""
 
-    def __init__(self, model: CausalModel, pages: Pages, adapters: Adapters | None = None) -> None:
-        self.model, self.pages, self._adapters = model, pages, adapters
+    def __init__(self, model: CausalModel, pages: Pages) -> None:
+        self.model, self.pages = model, pages
         self._tables = _Tables()
 
-    def run(
-        self, spans: Sequence[Span], num_wanted: Sequence[int], names: Sequence[str | None] = ()
-    ) -> list[Tensor]:
+    def run(self, spans: Sequence[Span], num_wanted: Sequence[int]) -> list[Tensor]:
         """The hidden states x_WD of the last `num_wanted[i]` positions of span i, span after span, for `unembed`.
 
-        `names[i]` is the adapter of span i; no names: nobody has one. To be run within `evaluating`. Writes the
-        keys and values of all spans to the pages.
+        The spans stand `in_running_order`. To be run within `evaluating`. Writes their keys and values to the pages.
         """
-        order = sorted(
-            range(len(spans)), key=lambda i: spans[i].count > SHORT_SPAN
-        )  # the short ones first, stably
-        layout, tokens_1T = self._lay_out([spans[i] for i in order])
+        layout, tokens_1T = self._lay_out(spans)
         context = PagedContext(self.pages, layout, tokens_1T)
-        if self._adapters is not None:
-            self._adapters.route([(names[i], spans[i].count) for i in order] if names else ())
         x_TD = self.model.hidden(self.model.embed(tokens_1T, context), context)[0]
-        ends = np.cumsum([spans[i].count for i in order]).tolist()
-        states: list[Tensor] = [x_TD] * len(spans)
-        for i, end in zip(order, ends, strict=True):
-            states[i] = x_TD[end - num_wanted[i] : end]
-        return states
+        ends = accumulate(span.count for span in spans)
+        return [x_TD[end - wanted : end] for end, wanted in zip(ends, num_wanted, strict=True)]
 
     def forget(self, live: Live) -> None:
         """The sequence has ended."""
         self._tables.forget(live)
 
     def _lay_out(self, spans: Sequence[Span]) -> tuple[Layout, Tensor]:
-        """Where every token of the step stands, and the tokens, (1, T). Short spans come first."""
+        """Where every token of the step stands, and the tokens, (1, T)."""
         size = self.pages.block_size
         starts, counts = (np.array([getattr(span, name) for span in spans]) for name in ("start", "count"))
         tables_NM = self._tables.of(spans, size)

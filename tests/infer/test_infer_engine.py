@@ -71,7 +71,7 @@ def assert_all_free(engine: Engine) -> None:
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_blocks == stats.num_blocks
     engine._scheduler.blocks.check()
-    assert not engine._answers
+    assert not engine._written
     assert not engine._runner._tables._rows
 
 
