@@ -145,7 +145,7 @@ class GrammarCompiler:
         one after each token of its draft (a row without a draft has one mask).
 
         After a draft token that does not fit, what follows is undefined. A matcher that can go on with no token at
-        all fails; its mask is all true, so that sampling stays defined.
+        all fails; the masks of those that have failed are all true, so that sampling stays defined.
         """
         sizes = [1 + len(draft) for _, draft in rows]
         starts = [0, *np.cumsum(sizes).tolist()]
@@ -162,6 +162,8 @@ class GrammarCompiler:
         for r, matcher, _ in live:
             if matcher._inner.is_error() or is_stuck_R[r]:
                 self._fail(matcher)
+        for r, (matcher, _) in enumerate(rows):
+            if matcher.failure is not None:
                 words_NW[starts[r] : starts[r + 1]] = 0xFFFFFFFF
         return self._unpacked(words_NW)
 
