@@ -1,0 +1,67 @@
+"""Responses of `/v1/responses`, and the chains that they form. Layer 2, no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import delete, select, update
+
+from fledge.errors import UserError
+from fledge.store.database import Database
+from fledge.store.tables import ResponseRow
+
+MAX_CHAIN = 1000  # responses that one may stand on
+
+
+async def add_response(database: Database, row: ResponseRow) -> None:
+    async with database.writing() as session:
+        session.add(row)
+
+
+async def find_response(database: Database, owner: str, response_id: str) -> ResponseRow | None:
+    async with database.reading() as session:
+        return await session.scalar(
+            select(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == response_id)
+        )
+
+
+async def update_response(
+    database: Database, owner: str, response_id: str, body: dict[str, Any]
+) -> ResponseRow | None:
+    """Replace the body, and the status by the body's; None if the response has been deleted meanwhile."""
+    changed = (
+        update(ResponseRow)
+        .where(ResponseRow.owner == owner, ResponseRow.id == response_id)
+        .values(body=body, status=body["status"])
+        .returning(ResponseRow)
+    )
+    async with database.writing() as session:
+        return await session.scalar(changed)
+
+
+async def delete_response(database: Database, owner: str, response_id: str) -> bool:
+    gone = (
+        delete(ResponseRow)
+        .where(ResponseRow.owner == owner, ResponseRow.id == response_id)
+        .returning(ResponseRow.id)
+    )
+    async with database.writing() as session:
+        return (await session.scalar(gone)) is not None
+
+
+async def chain_of(database: Database, owner: str, response_id: str) -> list[ResponseRow] | None:
+    """The response and all that it stands on, oldest first; None if one of them is not there (any more)."""
+    chain: list[ResponseRow] = []
+    wanted: str | None = response_id
+    async with database.reading() as session:
+        while wanted is not None:
+            if len(chain) == MAX_CHAIN:
+                raise UserError(f"a conversation of more than {MAX_CHAIN} responses; begin a new one")
+            row = await session.scalar(
+                select(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == wanted)
+            )
+            if row is None:
+                return None
+            chain.append(row)
+            wanted = row.previous_id
+    return chain[::-1]
