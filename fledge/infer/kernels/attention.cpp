@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -36,28 +37,33 @@ void store_some(float* to, F32 x, int64_t count) {
   std::memcpy(to, lane, 4 * count);
 }
 
-const float* at_position(const Pages& pages, const float* base, int64_t width, const int64_t* table, int64_t position,
-                         int64_t group) {
-  const int64_t slot = table[position / pages.block_size] * pages.block_size + position % pages.block_size;
-  return base + (slot * pages.num_groups + group) * width;
+// Where the keys and values of one part stand: rows of `width` numbers, (slot * num_groups + group) of them before.
+struct Rows {
+  int64_t at[PART];
+};
+
+void find_rows(const Pages& pages, const int64_t* table, int64_t group, const Part& part, Rows& rows) {
+  int64_t offset = part.begin % pages.block_size, block = part.begin / pages.block_size;
+  for (int64_t i = 0; i < part.end - part.begin; ++i) {
+    rows.at[i] = (table[block] * pages.block_size + offset) * pages.num_groups + group;
+    if (++offset == pages.block_size) offset = 0, ++block;
+  }
 }
 
 // scores[r][i] = scale * q_r . k of position begin + i.
-void score(const float* q, int64_t num_shared, const Pages& pages, const int64_t* table, int64_t group, const Part& part,
-           float scale, float (*scores)[PART]) {
+void score(const float* q, int64_t num_shared, const Pages& pages, const Rows& rows, int64_t count, float scale,
+           float (*scores)[PART]) {
   const int64_t width = pages.key_width;
-  for (int64_t first = part.begin; first < part.end; first += FLOATS) {
-    const int64_t count = std::min<int64_t>(FLOATS, part.end - first);
+  for (int64_t first = 0; first < count; first += FLOATS) {
     const float* keys[FLOATS];
-    for (int64_t i = 0; i < FLOATS; ++i)
-      keys[i] = at_position(pages, pages.keys, width, table, first + std::min(i, count - 1), group);
+    for (int64_t i = 0; i < FLOATS; ++i) keys[i] = pages.keys + rows.at[std::min(first + i, count - 1)] * width;
     for (int64_t r = 0; r < num_shared; ++r) {
       F32 products[FLOATS] = {};
       for (int64_t k = 0; k < width; k += FLOATS) {
         const F32 some = load_some(q + r * width + k, width - k);
-        for (int i = 0; i < FLOATS; ++i) products[i] = fma(some, load_some(keys[i] + k, width - k), products[i]);
+        unrolled<FLOATS>([&](auto i) INLINE { products[i] = fma(some, load_some(keys[i] + k, width - k), products[i]); });
       }
-      store(scores[r] + first - part.begin, sums(products) * fill(scale));
+      store(scores[r] + first, sums(products) * fill(scale));
     }
   }
 }
@@ -78,39 +84,46 @@ std::pair<float, float> soften(float* scores, int64_t count) {
 
 // out[r] = sum of the values of the part, weighted by weights[r].
 template <int ROWS>
-void mix(const float (*weights)[PART], const Pages& pages, const int64_t* table, int64_t group, const Part& part,
-         float* out) {
-  const int64_t width = pages.value_width;
+void mix(const float (*weights)[PART], const Pages& pages, const Rows& rows, int64_t count, float* out) {
   constexpr int STRIPE = 4;  // vectors of one value at once
-  for (int64_t column = 0; column < width; column += STRIPE * FLOATS) {
-    F32 acc[ROWS][STRIPE] = {};
-    for (int64_t position = part.begin; position < part.end; ++position) {
-      const float* value = at_position(pages, pages.values, width, table, position, group) + column;
-      for (int s = 0; s < STRIPE && column + s * FLOATS < width; ++s) {
-        const F32 some = load_some(value + s * FLOATS, width - column - s * FLOATS);
-        for (int r = 0; r < ROWS; ++r) acc[r][s] = fma(fill(weights[r][position - part.begin]), some, acc[r][s]);
-      }
+  const int64_t width = pages.value_width;
+  int64_t column = 0;
+  for (; column + STRIPE * FLOATS <= width; column += STRIPE * FLOATS) {
+    F32 acc[ROWS][STRIPE];
+    unrolled<ROWS>([&](auto r) INLINE { unrolled<STRIPE>([&](auto s) INLINE { acc[r][s] = F32{}; }); });
+    for (int64_t i = 0; i < count; ++i) {
+      const float* value = pages.values + rows.at[i] * width + column;
+      unrolled<STRIPE>([&](auto s) INLINE {
+        const F32 some = load(value + s * FLOATS);
+        unrolled<ROWS>([&](auto r) INLINE { acc[r][s] = fma(fill(weights[r][i]), some, acc[r][s]); });
+      });
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int s = 0; s < STRIPE && column + s * FLOATS < width; ++s)
-        store_some(out + r * width + column + s * FLOATS, acc[r][s], width - column - s * FLOATS);
+    unrolled<ROWS>([&](auto r) INLINE {
+      unrolled<STRIPE>([&](auto s) INLINE { store(out + r * width + column + s * FLOATS, acc[r][s]); });
+    });
   }
+  for (; column < width; column += FLOATS)  // what is left of a width that is no multiple of 64
+    for (int r = 0; r < ROWS; ++r) {
+      F32 acc = {};
+      for (int64_t i = 0; i < count; ++i)
+        acc = fma(fill(weights[r][i]), load_some(pages.values + rows.at[i] * width + column, width - column), acc);
+      store_some(out + r * width + column, acc, width - column);
+    }
 }
 
 // What one part gives for one key head and all the query heads that share it; `tops` and `totals` likewise a head.
 void attend_part(const float* q, int64_t num_shared, const Pages& pages, const int64_t* table, int64_t group,
                  const Part& part, float scale, float* out, float* tops, float* totals) {
   alignas(64) float scores[SHARED][PART];
+  Rows rows;
+  find_rows(pages, table, group, part, rows);
+  const int64_t length = part.end - part.begin;
   for (int64_t first = 0; first < num_shared; first += SHARED) {
     const int64_t count = std::min<int64_t>(SHARED, num_shared - first);
-    score(q + first * pages.key_width, count, pages, table, group, part, scale, scores);
-    for (int64_t r = 0; r < count; ++r)
-      std::tie(tops[first + r], totals[first + r]) = soften(scores[r], part.end - part.begin);
+    score(q + first * pages.key_width, count, pages, rows, length, scale, scores);
+    for (int64_t r = 0; r < count; ++r) std::tie(tops[first + r], totals[first + r]) = soften(scores[r], length);
     float* to = out + first * pages.value_width;
-    if (count == 4) mix<4>(scores, pages, table, group, part, to);
-    if (count == 3) mix<3>(scores, pages, table, group, part, to);
-    if (count == 2) mix<2>(scores, pages, table, group, part, to);
-    if (count == 1) mix<1>(scores, pages, table, group, part, to);
+    as_constant<SHARED>(count, [&](auto number) { mix<number>(scores, pages, rows, length, to); });
   }
 }
 
