@@ -23,6 +23,7 @@ from fledge.config import from_json
 from fledge.errors import CheckpointError, ConfigError
 from fledge.files import write_directory, write_json, write_text
 from fledge.formats.checkpoint import LoadedModel
+from fledge.layers.lora import Linear
 from fledge.models.published import IDLE, Published
 from fledge.registry import FAMILIES, family, load_family
 from fledge.text.chat import ROLES, ChatTemplate
@@ -78,7 +79,7 @@ def save_huggingface(
     """
     if directory.exists():
         raise CheckpointError(f"{directory}: exists already; name a directory that does not")
-    make = _make_of(family_name, model)
+    make = make_of(family_name, model)
     ids = {key: (token_ids or {}).get(key) for key in TOKEN_IDS}
     raw = {**_write_config(model, make), "dtype": DTYPES[dtype], **ids}
     weights = _published_weights(model, make, dtype)
@@ -142,7 +143,8 @@ def _find_make(raw: Mapping[str, Any], path: Path) -> tuple[str, Published]:
     raise CheckpointError(f"{path}: model_type {model_type!r} is not supported: known are {known}")
 
 
-def _make_of(family_name: str, model: nn.Module) -> Published:
+def make_of(family_name: str, model: nn.Module) -> Published:
+    """The published layout that holds `model`; `CheckpointError` if there is none."""
     row = family(family_name)
     for make in importlib.import_module(row.module).PUBLISHED if row.published else ():
         if all(getattr(model.config, name) == value for name, value in make.ours.items()):
@@ -176,6 +178,29 @@ def _write_config(model: nn.Module, make: Published) -> dict[str, Any]:
     fixed = {key: accepted[0] for key, accepted in make.fixed.items()}
     name = {"architectures": [make.architecture], "model_type": make.model_type}
     return {**name, **fields, **make.write_more(model.config), **fixed}
+
+
+def published_modules(family_name: str, model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every linear layer by the name its makers' model gives it -> our modules that it holds, side by side."""
+    make = make_of(family_name, model)
+    found = {}
+    for name, place in _places(make, model.config.num_layers).items():  # type: ignore[union-attr, arg-type]
+        ours = tuple(one.removesuffix(".weight") for one in place.ours)
+        if name.endswith(".weight") and all(linear(model, one) for one in ours):
+            found[_stored_as(make, name).removesuffix(".weight")] = ours
+    return found
+
+
+def linear(model: nn.Module, name: str) -> Linear | None:
+    """The linear layer of that name, quantised or adapted ones too; None if there is none."""
+    with contextlib.suppress(AttributeError):
+        module = model.get_submodule(name)
+        return module if isinstance(module, Linear) else None
+    return None
+
+
+def _stored_as(make: Published, name: str) -> str:
+    return name if name.startswith("lm_head.") else make.prefix + name
 
 
 # Weights: from files to parameters.
@@ -266,8 +291,7 @@ def _published_weights(model: nn.Module, make: Published, dtype: torch.dtype) ->
             continue
         tensor = torch.cat([parameters.pop(ours).detach() for ours in place.ours])
         tensor = tensor.T if place.is_transposed else tensor
-        stored = name if name.startswith("lm_head.") else make.prefix + name
-        weights[stored] = tensor.to("cpu", dtype).contiguous()
+        weights[_stored_as(make, name)] = tensor.to("cpu", dtype).contiguous()
     assert not parameters, f"{make.architecture} has no name for {sorted(parameters)}"
     return weights
 

@@ -1,0 +1,245 @@
+"""PEFT adapter directories <-> `layers.lora.Adapter`: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Modules have the names of the Hugging Face model there (`base_model.model.model.layers.0.self_attn.q_proj`); the tables
+of the model file (`PUBLISHED`) say which of ours they are. Strict: a setting that changes what is computed, or a tensor
+that is no part of a plain LoRA pair, is refused by name. Source: the `peft` library's documentation of its checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fledge.errors import CheckpointError
+from fledge.files import write_directory, write_json
+from fledge.formats.huggingface import linear, make_of, published_modules
+from fledge.layers.lora import Adapter, Linear, LoraConfig, Pair
+from fledge.registry import FAMILIES
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+START, ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+# Where an adapter comes from, and how it was trained: what it computes is in its tensors, its ranks and its alphas.
+IDLE = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+        "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+        "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+        "target_modules", "task_type",
+    }
+)  # fmt: skip
+FIXED: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the model as well
+}
+DEFAULTS: Mapping[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "alpha_pattern": {},
+    "rank_pattern": {},
+}
+_NAME = re.compile(r"\^?[\w.]+")
+
+
+def load_adapter(directory: Path, model: nn.Module) -> Adapter:
+    """The adapter in `directory`, for `model`. `CheckpointError` names what does not belong to it or is unsupported.
+
+    A module that is one in Hugging Face and several in ours (GPT-2's `c_attn`) gives each the same A and its part of B.
+    """
+    settings = _read_settings(directory / CONFIG)
+    tensors = _read_tensors(directory / WEIGHTS)
+    modules = published_modules(_family_of(model), model)
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    pairs: dict[str, Pair] = {}
+    for name in sorted(
+        {key.removeprefix(START).removesuffix(end) for key in tensors for end in ENDS if key.endswith(end)}
+    ):
+        if name not in modules:
+            raise CheckpointError(f"{directory}: adapts '{name}', which {type(model).__name__} does not have")
+        a, b = (tensors.pop(f"{START}{name}{end}", None) for end in ENDS)
+        parts = [part for ours in modules[name] if (part := linear(model, ours)) is not None]
+        _check(directory, name, a, b, parts)
+        assert a is not None
+        assert b is not None
+        scale = _scale(_of(settings["alpha_pattern"], name, alpha), len(a), settings["use_rslora"])
+        rows_of = b.split([part.out_features for part in parts])
+        for ours, rows in zip(modules[name], rows_of, strict=True):
+            pairs[ours] = Pair(a.clone(), rows.clone(), scale)
+    if tensors:
+        raise CheckpointError(f"{directory / WEIGHTS}: '{sorted(tensors)[0]}' is no part of a LoRA pair of this model")
+    if not pairs:
+        raise CheckpointError(f"{directory / WEIGHTS}: holds no adapter")
+    targets = tuple(sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in pairs}))
+    return Adapter(LoraConfig(rank, alpha, settings["lora_dropout"], settings["use_rslora"], targets), pairs)
+
+
+def save_adapter(adapter: Adapter, model: nn.Module, directory: Path, *, base: str | None = None) -> None:
+    """Write `adapter`, made for `model`, so that PEFT reads it; the directory must not exist. `base` is the name or
+    path of the model for PEFT. `CheckpointError` if a module it adapts has no name in Hugging Face's layout."""
+    if directory.exists():
+        raise CheckpointError(f"{directory}: exists already; name a directory that does not")
+    family = _family_of(model)
+    modules, left = published_modules(family, model), dict(adapter.pairs)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, ours in modules.items():
+        own = [left.pop(part, None) for part in ours]
+        if not any(own):
+            continue
+        a, b, scale = _joined(own, [_width(model, part) for part in ours])
+        tensors |= {START + name + end: part for end, part in zip(ENDS, (a, b), strict=True)}
+        ranks[name] = len(a)
+        alphas[name] = scale * (math.sqrt(len(a)) if adapter.config.is_rank_stabilised else len(a))
+    if left:
+        raise CheckpointError(
+            f"no Hugging Face layout names the modules that are adapted: {', '.join(sorted(left)[:3])}"
+        )
+    config = adapter.config
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.is_rank_stabilised,
+        "bias": "none",
+        "fan_in_fan_out": bool(make_of(family, model).transposed),
+        "target_modules": _targets(sorted(ranks), modules),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != config.alpha},
+    }
+
+    def fill(temporary: Path) -> None:
+        write_json(temporary / CONFIG, settings)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+
+    write_directory(directory, fill)
+
+
+def _family_of(model: nn.Module) -> str:
+    found = [row.name for row in FAMILIES if row.module == type(model).__module__]
+    assert found, f"{type(model)} is of no family"
+    return found[0]
+
+
+def _scale(alpha: float, rank: int, is_rank_stabilised: bool) -> float:
+    return alpha / (math.sqrt(rank) if is_rank_stabilised else rank)
+
+
+# Reading.
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Rank, alpha and what else we compute by; everything else must be what it is when it does nothing."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(given, dict)
+    except (OSError, ValueError, AssertionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); an adapter's directory holds one") from error
+    for key, accepted in FIXED.items():
+        value = given.pop(key, accepted[0])
+        if value not in accepted:
+            raise CheckpointError(f"{path}: {key} {value!r} is not supported: known is {accepted[0]!r}")
+    defaults = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "alpha_pattern": {},
+        "rank_pattern": {},
+    }
+    settings = {key: given.pop(key, default) for key, default in defaults.items()}
+    for key, value in settings.items():
+        kind = type(DEFAULTS[key])
+        is_number = kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number or isinstance(value, kind)) or (is_number and not math.isfinite(value)):
+            raise CheckpointError(f"{path}: {key} {value!r} must be a {kind.__name__}")
+    for pattern in settings["alpha_pattern"]:
+        if not _NAME.fullmatch(pattern):
+            raise CheckpointError(f"{path}: alpha_pattern '{pattern}' is not supported: known are names of modules")
+    other = sorted(key for key, value in given.items() if key not in IDLE and value)
+    if other:
+        raise CheckpointError(f"{path}: {other[0]} {given[other[0]]!r} is not supported; fledge runs plain LoRA")
+    return {**settings, "lora_alpha": float(settings["lora_alpha"]), "lora_dropout": float(settings["lora_dropout"])}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickles = sorted(file.name for file in path.parent.glob("adapter_model.bin"))
+        reason = "is a pickle, which fledge does not read; save it as safetensors" if pickles else "is not there"
+        raise CheckpointError(f"{path.parent}: {(pickles or [WEIGHTS])[0]} {reason}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch it again") from error
+
+
+def _of(pattern: Mapping[str, Any], name: str, default: float) -> float:
+    """The value of the first key that is the module's name or an end of it, as PEFT looks it up."""
+    for key, value in pattern.items():
+        plain = key.removeprefix("^")
+        if name == plain or (key == plain and name.endswith(f".{plain}")):
+            return float(value)
+    return default
+
+
+def _check(directory: Path, name: str, a: Tensor | None, b: Tensor | None, parts: Sequence[Linear]) -> None:
+    if a is None or b is None:
+        raise CheckpointError(f"{directory}: '{name}' has one half of its pair only")
+    inputs, outputs = parts[0].in_features, sum(part.out_features for part in parts)
+    if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1] or (b.shape[0], a.shape[1]) != (outputs, inputs):
+        raise CheckpointError(
+            f"{directory}: '{name}' has a pair of shapes {tuple(a.shape)}, {tuple(b.shape)}: "
+            f"the model makes it (rank, {inputs}), ({outputs}, rank)"
+        )
+    if not all(part.is_floating_point() and torch.isfinite(part).all() for part in (a, b)):
+        raise CheckpointError(f"{directory}: '{name}' holds infinite or undefined values, or none that are floats")
+
+
+# Writing.
+
+
+def _width(model: nn.Module, name: str) -> int:
+    part = linear(model, name)
+    assert part is not None, name
+    return part.out_features
+
+
+def _joined(pairs: Sequence[Pair | None], widths: Sequence[int]) -> tuple[Tensor, Tensor, float]:
+    """One pair for modules that are one in Hugging Face. Where they do not share A their pairs stand side by side in
+    a pair of all their ranks together, each scale within its B."""
+    kept = [pair for pair in pairs if pair is not None]
+    first = kept[0]
+    if len(kept) == len(pairs) and all(torch.equal(p.a, first.a) and p.scale == first.scale for p in kept):
+        return first.a.contiguous(), torch.cat([pair.b for pair in kept]), first.scale
+    a = torch.cat([pair.a for pair in kept])
+    b = a.new_zeros(sum(widths), len(a))
+    row = column = 0
+    for pair, width in zip(pairs, widths, strict=True):
+        if pair is not None:
+            rank = len(pair.a)
+            b[row : row + width, column : column + rank] = pair.b * (pair.scale / first.scale)
+            column += rank
+        row += width
+    return a, b, first.scale
+
+
+def _targets(adapted: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
+    """The shortest names that mean just these modules: ends where every module of that end is adapted."""
+    ends = {name.rpartition(".")[2] for name in adapted}
+    meant = sorted(name for name in modules if name.rpartition(".")[2] in ends)
+    return sorted(ends) if meant == list(adapted) else list(adapted)
