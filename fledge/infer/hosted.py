@@ -5,7 +5,6 @@ What worker.py asks for (`worker.Hosted`), over engine.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -17,17 +16,15 @@ from torch import Tensor
 
 from fledge.config import from_json
 from fledge.errors import CheckpointError
-from fledge.formats.checkpoint import load_model
 from fledge.infer.causal import CausalModel
 from fledge.infer.engine import Engine, EngineConfig, EngineStats
 from fledge.infer.messages import Start
+from fledge.infer.quantize import load_model
 from fledge.types import Request, TokenEvent
 
 
 def load(start: Start) -> HostedEngine:
     """The engine that `start` describes. `UserError` for a checkpoint that is missing, damaged or not finite."""
-    if start.nice:
-        os.nice(start.nice)
     if start.num_threads is not None:
         torch.set_num_threads(start.num_threads)
     config = from_json(EngineConfig, start.config)
@@ -79,6 +76,7 @@ class HostedEngine:
         self._engine.update_weights(weights, version)
 
     def load_adapter(self, name: str, path: str) -> None:
+        """Take a PEFT adapter from its directory."""
         self._engine.load_adapter(name, Path(path))
 
     def unload_adapter(self, name: str) -> None:

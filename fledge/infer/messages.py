@@ -35,7 +35,6 @@ class Start(Struct, tag=True, frozen=True):
     config: dict[str, Any] = {}
     device: str = "cpu"
     num_threads: int | None = None
-    nice: int = 0
     call: int = 0
 
 

@@ -143,12 +143,11 @@ class EngineProcess:
         *,
         device: str = "cpu",
         num_threads: int | None = None,
-        nice: int = 0,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        """`config` are settings of `EngineConfig`. `nice` is added to the process's own niceness. Raises what hinders
-        the start: `UserError` (a damaged checkpoint, an unknown setting) or `EngineError`."""
-        self._start = messages.Start(str(checkpoint), dict(config or {}), device, num_threads, nice)
+        """`config` are settings of `EngineConfig`. Raises what hinders the start: `UserError` (a damaged checkpoint, an
+        unknown setting) or `EngineError`."""
+        self._start = messages.Start(str(checkpoint), dict(config or {}), device, num_threads)
         self._command = tuple(command)
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)

@@ -42,7 +42,7 @@ FULL_EVENT = TokenEvent(
     5, -0.25, "é", "stop", "1", 1, TokenLogprobs(-0.5, 2, ((5, -0.5), (6, -1.0))), (TokenLogprobs(-2.0, 9),), 16
 )
 TO_ENGINE = [
-    messages.Start("path", {"num_blocks": 3}, "cpu", 2, 5, 1),
+    messages.Start("path", {"num_blocks": 3}, "cpu", 2, 1),
     messages.Submit(1, FULL_REQUEST),
     messages.Cancel(2, 1),
     messages.Score(3, [[1, 2], []]),
