@@ -78,6 +78,9 @@ class RankingBatch(_Tensors):
     prompt_N: Tensor  # int64: which prompt (0..P-1) a row answers
     ranks_N: Tensor  # int64: 1 is best within its prompt
     num_prompts: int
+    # Where pairs have labels of their own: how much the loss that row i beats row j counts, and by what margin it must.
+    weights_NN: Tensor | None = None  # float32; sums to 1 over the pairs of a prompt
+    margins_NN: Tensor | None = None  # float32; of (j, i) minus that of (i, j)
 
     @property
     def counts(self) -> Mapping[str, float]:

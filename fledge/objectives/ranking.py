@@ -4,7 +4,13 @@ For one prompt with K ranked completions, the mean of -log sigmoid(r_better - r_
 ties. Every completion passes through the model once (K forwards, not K(K-1)), all pairs of a prompt stand in one
 batch, and every PROMPT weighs the same, however many pairs it has.
 
-Source: Ouyang et al. 2022 (2203.02155), eq. 1. Suffixes: N completions, T positions.
+A pair may have a label of its own instead of the ranks': the probability p that the first is preferred (1/2 is a tie
+that is learned as one) and a margin m that scores should be apart by:
+
+    -p log sigmoid(r_1 - r_2 - m) - (1 - p) log sigmoid(r_2 - r_1 + m)
+
+Source: Ouyang et al. 2022 (2203.02155), eq. 1; soft labels: Bai et al. 2022 (2212.08073), section 4.1; margins: Touvron
+et al. 2023 (2307.09288), eq. 2. Suffixes: N completions, T positions.
 """
 
 from __future__ import annotations
@@ -23,18 +29,39 @@ from fledge.objectives.scores import Judge, ScoreRegion, read_scores
 
 
 @dataclass(frozen=True)
+class PairLabel:
+    """What is known of two completions by index: P(first is preferred), and how far apart their scores should be."""
+
+    first: int
+    second: int
+    preference: float = 1.0
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
 class RankedIds:
-    """A ranking as tokens: `completions[k]` follows `prompt`; `ranks[k]` is 1 for the best, equal ranks are ties."""
+    """A ranking as tokens: `completions[k]` follows `prompt`; `ranks[k]` is 1 for the best, equal ranks are ties.
+
+    `labels`, if there are any, say what is learned in place of the ranks: those pairs and no others.
+    """
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
     ranks: tuple[int, ...]
+    labels: tuple[PairLabel, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.completions) != len(self.ranks):
             raise DataError(f"a ranking needs one rank a completion: {len(self.completions)} and {len(self.ranks)}")
-        if len(set(self.ranks)) < 2:
+        if len(set(self.ranks)) < 2 and not self.labels:
             raise DataError("a ranking needs at least two different ranks; drop rankings that are all ties")
+        for label in self.labels:
+            if label.first == label.second or not min(label.first, label.second) >= 0:
+                raise DataError(f"a label compares two different completions, got {label}")
+            if max(label.first, label.second) >= len(self.completions):
+                raise DataError(f"a label names completion {max(label.first, label.second)} of {len(self.completions)}")
+            if not 0 <= label.preference <= 1 or not abs(label.margin) < float("inf"):
+                raise DataError(f"a preference is a probability and a margin finite, got {label}")
         if not all(self.completions):
             raise DataError("a completion of a ranking has no tokens; drop it or give it an end-of-turn token")
 
@@ -73,14 +100,20 @@ class KWiseRanking:
         prompt_of = [p for p, ranking in enumerate(examples) for _ in ranking.completions]
         prompt_N[: len(rows)] = torch.tensor(prompt_of)
         ranks_N[: len(rows)] = torch.tensor([rank for ranking in examples for rank in ranking.ranks])
-        return RankingBatch(tokens_NT, segments_NT, ends_N, prompt_N, ranks_N, len(examples))
+        weights_NN, margins_NN = pair_labels(examples, num_rows) if any(r.labels for r in examples) else (None, None)
+        return RankingBatch(tokens_NT, segments_NT, ends_N, prompt_N, ranks_N, len(examples), weights_NN, margins_NN)
 
     def loss(self, model: Judge, batch: RankingBatch) -> Loss:
         """Term `ranking`: sum over prompts. Stats: pair accuracy and margin, mean score, pairs a prompt."""
         scores_N = last_scores(model, batch, self.region)
-        loss_sum = kwise_loss_sum(scores_N, batch.prompt_N, batch.ranks_N)
+        if batch.weights_NN is None or batch.margins_NN is None:
+            loss_sum = kwise_loss_sum(scores_N, batch.prompt_N, batch.ranks_N)
+        else:
+            loss_sum = labelled_loss_sum(scores_N, batch.weights_NN, batch.margins_NN)
         with torch.no_grad():
             beats_NN = strict_pairs(batch.prompt_N, batch.ranks_N)
+            if batch.weights_NN is not None:  # what the labels prefer counts as the order
+                beats_NN = batch.weights_NN > batch.weights_NN.T
             gap_NN = scores_N[:, None] - scores_N[None, :]
             num_pairs = float(beats_NN.sum())
             is_real_N = batch.prompt_N < batch.num_prompts
@@ -113,3 +146,30 @@ def kwise_loss_sum(scores_N: Tensor, prompt_N: Tensor, ranks_N: Tensor) -> Tenso
     weight_NN = beats_NN / pairs_of_prompt_N.clamp(min=1)[:, None]
     gap_NN = scores_N[:, None] - scores_N[None, :]
     return (F.softplus(-gap_NN) * weight_NN).sum()
+
+
+def labelled_loss_sum(scores_N: Tensor, weights_NN: Tensor, margins_NN: Tensor) -> Tensor:
+    """Sum over prompts of the mean over the prompt's labelled pairs of their loss, in nats."""
+    gap_NN = scores_N[:, None] - scores_N[None, :]
+    return (F.softplus(margins_NN - gap_NN) * weights_NN).sum()
+
+
+def pair_labels(examples: Sequence[RankedIds], num_rows: int) -> tuple[Tensor, Tensor]:
+    """(weights_NN, margins_NN) of a batch: an example without labels is given those that its ranks imply."""
+    weights_NN, margins_NN = torch.zeros(num_rows, num_rows), torch.zeros(num_rows, num_rows)
+    start = 0
+    for example in examples:
+        labels = example.labels or implied_labels(example.ranks)
+        for label in labels:
+            i, j = start + label.first, start + label.second
+            weights_NN[i, j] += label.preference / len(labels)
+            weights_NN[j, i] += (1 - label.preference) / len(labels)
+            margins_NN[i, j], margins_NN[j, i] = label.margin, -label.margin
+        start += len(example.completions)
+    return weights_NN, margins_NN
+
+
+def implied_labels(ranks: Sequence[int]) -> list[PairLabel]:
+    """All pairs of different rank, the better one first."""
+    places = range(len(ranks))
+    return [PairLabel(i, j) for i in places for j in places if ranks[i] < ranks[j]]

@@ -206,8 +206,8 @@ class RewardSum:
         return found
 
     def figures(self) -> Metrics:
-        """Since the last call of this: `reward/<part>`, the mean over answers it has a score for, `reward_failed/<part>`,
-        the share it has none for, and the parts' own figures."""
+        """Since the last call of this: `reward/<part>`, the mean over answers that it has a score for,
+        `reward_failed/<part>`, the share that it has none for, and the parts' own figures."""
         metrics: Metrics = {}
         for name, calls in self._seen.items():
             if not calls:

@@ -13,7 +13,16 @@ from fledge.config import to_json
 from fledge.errors import DataError
 from fledge.models.llama import LlamaConfig
 from fledge.models.scalar import ScalarConfig, ScalarModel
-from fledge.objectives.ranking import KWiseRanking, RankedIds, kwise_loss_sum, last_scores, strict_pairs
+from fledge.objectives.ranking import (
+    KWiseRanking,
+    PairLabel,
+    RankedIds,
+    kwise_loss_sum,
+    labelled_loss_sum,
+    last_scores,
+    pair_labels,
+    strict_pairs,
+)
 
 OBJECTIVE = KWiseRanking(row_length=12, pad_id=1)
 
@@ -155,3 +164,51 @@ def test_batch_that_does_not_fit_its_fixed_shape_is_refused():
         KWiseRanking(12, 1, num_rows=3).collate([ranking(2, 2, 2, 2)])
     with pytest.raises(DataError, match="0 answers"):
         OBJECTIVE.collate([])
+
+
+def labelled(labels, lengths=(2, 3, 4), ranks=(1, 1, 1)) -> RankedIds:
+    plain = ranking(*lengths)
+    return RankedIds(plain.prompt, plain.completions, ranks, tuple(labels))
+
+
+def test_labels_that_say_what_the_ranks_say_give_the_same_loss_and_figures():
+    plain = ranking(2, 3, 4, ranks=(2, 1, 2))
+    with_labels = RankedIds(plain.prompt, plain.completions, plain.ranks, (PairLabel(1, 0), PairLabel(2, 1, 0.0)))
+    other = ranking(5, 2, seed=1)
+    found = []
+    for examples in ([plain, other], [with_labels, other]):
+        loss = OBJECTIVE.loss(model(), OBJECTIVE.collate(examples))
+        stats = {name: float(total.detach()) / count for name, (total, count) in loss.stats.items()}
+        found.append([loss.terms["ranking"].sum.detach().item(), *stats.values()])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_soft_label_and_margin_known_answers():
+    weights, margins = pair_labels([labelled([PairLabel(0, 1, 0.8, 0.5)], (1, 1), (1, 1))], 2)
+    scores = torch.tensor([2.0, 0.5])
+    expected = 0.8 * math.log1p(math.exp(-1.0)) + 0.2 * math.log1p(math.exp(1.0))
+    assert labelled_loss_sum(scores, weights, margins).item() == pytest.approx(expected, abs=1e-6)
+    turned = pair_labels([labelled([PairLabel(1, 0, 0.2, -0.5)], (1, 1), (1, 1))], 2)
+    assert labelled_loss_sum(scores, *turned).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_tie_that_is_learned_is_least_where_both_scores_are_equal():
+    weights, margins = pair_labels([labelled([PairLabel(0, 1, 0.5)], (1, 1), (1, 1))], 2)
+    scores = torch.tensor([0.3, 0.3], requires_grad=True)
+    loss = labelled_loss_sum(scores, weights, margins)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert scores.grad.abs().max() < 1e-7
+
+
+def test_every_prompt_weighs_the_same_however_many_labels_it_has():
+    weights, _ = pair_labels([labelled([PairLabel(0, 1), PairLabel(1, 2, 0.6)]), ranking(2, 2, seed=1)], 6)
+    assert weights[:3, :3].sum() == pytest.approx(1)
+    assert weights[3:5, 3:5].sum() == pytest.approx(1)
+    assert weights.sum() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("label", [PairLabel(0, 0), PairLabel(0, 3), PairLabel(-1, 0), PairLabel(0, 1, 1.5)])
+def test_label_without_meaning_is_refused(label):
+    with pytest.raises(DataError):
+        labelled([label])

@@ -100,11 +100,8 @@ def test_c54_answers_see_neither_each_other_nor_the_environment(judge):
         assert code(judge, "import builtins, os\nbuiltins.left = 1\nassert not os.environ\n" + RIGHT).score == 1
     finally:
         del os.environ["FLEDGE_TEST_SECRET"]
-    for _ in range(2):
-        assert (
-            code(judge, "assert not hasattr(__builtins__, 'left') and 'left' not in dir(__builtins__)\n" + RIGHT).score
-            == 1
-        )
+    looks = "import builtins\nassert not hasattr(builtins, 'left')\n"
+    assert [code(judge, looks + RIGHT).score for _ in range(2)] == [1, 1]
 
 
 def test_c54_verifier_that_fails_gives_no_score_and_says_why(judge, tmp_path):
