@@ -24,6 +24,7 @@ COMMANDS = (
     ("data", "data", "the corpora fledge can read, and what is in them"),
     ("tokenizer", "tokenizer", "train, show and measure tokenizers"),
     ("import", "import_", "make a published model one of fledge's"),
+    ("export", "export", "write a model for transformers, vLLM or llama.cpp"),
     ("models", "models", "the model families and their published sizes"),
 )
 USAGE, INTERRUPTED = 2, 130

@@ -1,23 +1,17 @@
-"""`fledge models`: the families, their published sizes, and the way out to other tools."""
+"""`fledge models`: the families and their published sizes."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from fledge.config import to_json
-from fledge.formats.checkpoint import load_model
-from fledge.formats.huggingface import DTYPES, export_checkpoint
 from fledge.models.presets import count_parameters, preset, presets
-from fledge.recipes.runs import resolve_model
 from fledge.registry import FAMILIES
-
-DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,12 +26,6 @@ def add_parser(subparsers: Any) -> None:
     showing.add_argument("name", metavar="NAME", help="a size, such as gpt2-124m")
     showing.add_argument("--json", action="store_true", help="as one JSON object")
     showing.set_defaults(action=_show)
-    exporting = actions.add_parser("export", help="write a trained model as a Hugging Face directory")
-    exporting.add_argument("model", metavar="RUN[:STAGE]", help="a run, a stage of it, or a checkpoint folder")
-    exporting.add_argument("directory", metavar="DIR", type=Path, help="the directory to make")
-    exporting.add_argument("--dtype", choices=list(DTYPE_OF), default="float32", help="default: %(default)s")
-    exporting.add_argument("--runs", type=Path, default=Path("runs"), help="where runs live (default: %(default)s)")
-    exporting.set_defaults(action=_export)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,9 +63,3 @@ def _show(args: argparse.Namespace) -> None:
     print(f"{args.name}: family {family}, {count:,} parameters")
     for field, value in to_json(config).items():
         print(f"  {field} = {json.dumps(value)}")
-
-
-def _export(args: argparse.Namespace) -> None:
-    loaded = load_model(resolve_model(args.model, args.runs))
-    export_checkpoint(loaded, args.directory, dtype=DTYPE_OF[args.dtype])
-    print(f"{args.directory}: {loaded.info.family} of stage {loaded.info.stage}, {args.dtype}, for transformers")

@@ -8,9 +8,10 @@ repository, docs/gguf.md, versions 2 and 3, little-endian.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fledge.errors import CheckpointError
 from fledge.files import write_file
-from fledge.formats.gguf_tensors import KINDS, UNPACKED, WRITTEN, Blocks, Kind, unpack_blocks
+from fledge.formats.gguf_tensors import KINDS, UNPACKED, WRITTEN, Blocks, Kind, pack_blocks, unpack_blocks
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 had 32-bit counts and is long gone
@@ -201,10 +202,7 @@ def _read_entry(reader: _Reader, alignment: int) -> Entry:
     kind = KIND_OF[code]
     if min(shape) < 1 or shape[-1] % kind.per_block:
         raise reader.refusal(f"tensor '{name}' of shape {shape} is no whole number of {kind.name} blocks")
-    count = 1
-    for size in shape:  # Python's integers do not overflow
-        count *= size
-    return Entry(name, kind, shape, offset, kind.num_bytes(count))
+    return Entry(name, kind, shape, offset, kind.num_bytes(math.prod(shape)))  # Python's integers do not overflow
 
 
 def _aligned(place: int, alignment: int) -> int:
@@ -221,49 +219,66 @@ class Typed(NamedTuple):
     value: Value
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Iterable[tuple[str, Tensor, str]]) -> None:
-    """Write a file, whole or not at all.
+class Outgoing(NamedTuple):
+    """A tensor to be written in the format `kind`; `numbers` makes it when it is its turn. `Blocks` stay as they are."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    numbers: Callable[[], Tensor | Blocks]
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Sequence[Outgoing]) -> None:
+    """Write a file, whole or not at all, holding one tensor at a time.
 
     `metadata` values are strings, booleans, ints (uint32), floats (float32), sequences of one of these, or `Typed`.
-    `tensors` are (name, float tensor, format); only formats in `WRITTEN` can be written. `CheckpointError` for numbers
-    that the format cannot hold, and for rows that are no whole number of blocks.
+    Only formats in `WRITTEN` can be written. `CheckpointError` for numbers that the format cannot hold, and for rows
+    that are no whole number of blocks.
     """
-    packed = []
-    for name, tensor, kind_name in tensors:
-        packed.append((name, tuple(tensor.shape), *_pack(name, tensor, kind_name)))
-    header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(packed), len(metadata)))
+    header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata)))
     for key, value in metadata.items():
         header += _string(key) + _typed(_with_type(value))
     offset = 0
-    for name, shape, kind, data in packed:
-        header += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+    for tensor in tensors:
+        kind = _writable(tensor)
+        header += _string(tensor.name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1])
         header += struct.pack("<IQ", kind.code, offset)
-        offset += _aligned(data.nbytes, ALIGNMENT)
+        offset += _aligned(kind.num_bytes(math.prod(tensor.shape)), ALIGNMENT)
 
     def fill(temporary: Path) -> None:
         with temporary.open("wb") as file:
             _write_padded(file, header)
-            for _, _, _, data in packed:
-                _write_padded(file, data.data)
+            for tensor in tensors:
+                _write_padded(file, _packed(tensor))
 
     write_file(path, fill)
 
 
-def _pack(name: str, tensor: Tensor, kind_name: str) -> tuple[Kind, NDArray[np.uint8]]:
-    if kind_name not in WRITTEN:
-        raise CheckpointError(f"fledge does not write {kind_name}; it writes {', '.join(WRITTEN)}")
-    kind = KINDS[kind_name]
-    shrink = kind.shrink
-    assert shrink is not None
+def _writable(tensor: Outgoing) -> Kind:
+    if tensor.kind not in WRITTEN:
+        raise CheckpointError(f"fledge does not write {tensor.kind}; it writes {', '.join(WRITTEN)}")
+    kind = KINDS[tensor.kind]
     if tensor.shape[-1] % kind.per_block:
-        raise CheckpointError(f"'{name}': rows of {tensor.shape[-1]} are no whole number of {kind.name} blocks")
-    numbers = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-    data = shrink(numbers.reshape(-1, kind.per_block))
+        raise CheckpointError(
+            f"'{tensor.name}' cannot be written as {kind.name}: its rows of {tensor.shape[-1]} are no whole number of "
+            f"blocks of {kind.per_block}; write F32, F16 or BF16"
+        )
+    return kind
+
+
+def _packed(tensor: Outgoing) -> NDArray[np.uint8]:
+    numbers, kind = tensor.numbers(), KINDS[tensor.kind]
+    if isinstance(numbers, Blocks):
+        assert numbers.kind == tensor.kind, tensor.name
+        return np.ascontiguousarray(pack_blocks(numbers)).reshape(-1)
+    assert kind.shrink is not None
+    assert tuple(numbers.shape) == tensor.shape, tensor.name
+    data = kind.shrink(numbers.detach().to("cpu", torch.float32).contiguous().numpy().reshape(-1, kind.per_block))
     with np.errstate(invalid="ignore", over="ignore"):
         fits = np.isfinite(kind.expand(data.reshape(-1, kind.block_bytes))).all()
     if not fits:
-        raise CheckpointError(f"'{name}' holds numbers that {kind.name} cannot hold")
-    return kind, np.ascontiguousarray(data).reshape(-1)
+        raise CheckpointError(f"'{tensor.name}' holds numbers that {kind.name} cannot hold; write F32 or BF16")
+    return np.ascontiguousarray(data).reshape(-1)
 
 
 def _with_type(value: Value) -> Typed:
@@ -292,6 +307,6 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _write_padded(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
-    file.write(data)
-    file.write(b"\0" * (-memoryview(data).nbytes % ALIGNMENT))
+def _write_padded(file: BinaryIO, data: bytearray | NDArray[np.uint8]) -> None:
+    file.write(memoryview(data))  # type: ignore[arg-type]  # numpy's stubs leave the buffer protocol out
+    file.write(b"\0" * (-len(data) % ALIGNMENT))

@@ -8,8 +8,9 @@ Strict: a setting or a tensor that is not in the tables is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from fledge.config import from_json, to_json
 from fledge.errors import CheckpointError, ConfigError
-from fledge.formats.gguf import GGUFFile
-from fledge.formats.gguf_tensors import KINDS, Blocks
+from fledge.formats.gguf import GGUFFile, Outgoing
+from fledge.formats.gguf_tensors import Blocks
 from fledge.formats.huggingface import fill_parameters
 from fledge.layers.rope import Llama3Scaling, frequencies, stretch
 from fledge.registry import load_family
@@ -293,14 +294,10 @@ def _rows(file: GGUFFile, name: str, place: Place, model: nn.Module) -> tuple[Te
 # From models.
 
 
-def settings_of(family_name: str, model: nn.Module, kind: str) -> dict[str, Any]:
+def settings_of(family_name: str, model: nn.Module) -> dict[str, Any]:
     """The metadata that describes `model`; `CheckpointError` if no architecture of GGUF computes it."""
     layout, config = _layout_of_model(family_name, model), model.config
-    found: dict[str, Any] = {
-        "general.architecture": layout.architecture,
-        "general.file_type": KINDS[kind].file_type,
-    }
-    found |= {} if KINDS[kind].per_block == 1 else {"general.quantization_version": 2}
+    found: dict[str, Any] = {"general.architecture": layout.architecture}
     for key, ours in {**layout.settings, "vocab_size": "vocab_size"}.items():
         value = getattr(config, ours)
         if value is None:
@@ -308,35 +305,59 @@ def settings_of(family_name: str, model: nn.Module, kind: str) -> dict[str, Any]
         found[f"{layout.architecture}.{key}"] = value
     if "feed_forward_length" not in layout.settings:
         found[f"{layout.architecture}.feed_forward_length"] = 4 * int(config.width)  # type: ignore[union-attr, arg-type]
-    if layout.architecture.startswith("qwen"):
+    if "head_width" in layout.settings.values():
         found[f"{layout.architecture}.attention.value_length"] = config.head_width  # type: ignore[union-attr]
     if "rope.freq_base" in layout.settings:
         found[f"{layout.architecture}.rope.dimension_count"] = config.head_width  # type: ignore[union-attr]
     return found
 
 
-def tensors_of(family_name: str, model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor, str]]:
-    """(name, tensor, format) of everything there is to write.
+def tensors_of(
+    family_name: str, model: nn.Module, kind: str | None, blocks: Mapping[str, Blocks] | None = None
+) -> Iterator[Outgoing]:
+    """Everything there is to write.
 
     Matrices have the format `kind`; what has one axis, and learned positions, F32; and with four or five bits the
     embedding and the head keep eight, as llama.cpp's own files do: they cost little and their errors cost much.
+    A matrix of `blocks` that has its format already, or any if `kind` is None, is written as it came; without `kind`
+    the rest is F32, so that nothing is lost.
     """
     layout, parameters = _layout_of_model(family_name, model), dict(model.named_parameters())
+    head_width = getattr(model.config, "head_width", 1)
     for name, place in _places(layout, int(model.config.num_layers)).items():  # type: ignore[union-attr, arg-type]
         if not parameters.keys() >= set(place.ours):
             continue
-        tensor = torch.cat([parameters[ours].detach() for ours in place.ours])
-        if place.is_turned:
-            head_width: int = model.config.head_width  # type: ignore[union-attr, assignment]
-            tensor = tensor.unflatten(0, (-1, 2, head_width // 2)).transpose(1, 2).flatten(0, 2)
-        yield name, tensor, _kind_for(name, tensor, kind)
+        own = [parameters[ours].detach() for ours in place.ours]
+        shape = (sum(len(part) for part in own), *own[0].shape[1:])
+        rows = _turned(shape[0], head_width) if place.is_turned else None
+        kept = (blocks or {}).get(place.ours[0]) if len(own) == 1 else None
+        wanted = _kind_for(name, len(shape), kind or (kept.kind if kept is not None else "F32"))
+        if kept is not None and kept.kind == wanted:
+            yield Outgoing(name, shape, wanted, partial(_block_rows, kept, rows))
+        else:
+            yield Outgoing(name, shape, wanted, partial(_tensor_rows, own, rows))
     scaling = getattr(model.config, "rope_scaling", None)
     if scaling is not None:
-        yield FREQUENCIES, _divisors(model.config.head_width, model.config.rope_base, scaling), "F32"  # type: ignore[union-attr, arg-type]
+        divisors = _divisors(head_width, model.config.rope_base, scaling)  # type: ignore[union-attr, arg-type]
+        yield Outgoing(FREQUENCIES, tuple(divisors.shape), "F32", lambda: divisors)
 
 
-def _kind_for(name: str, tensor: Tensor, kind: str) -> str:
-    if tensor.ndim == 1 or name.startswith("position"):
+def _turned(num_rows: int, head_width: int) -> Tensor:
+    """The order that brings channels K/2 apart side by side."""
+    return torch.arange(num_rows).view(-1, 2, head_width // 2).mT.flatten()
+
+
+def _tensor_rows(parts: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+    tensor = torch.cat(list(parts))
+    return tensor if rows is None else tensor[rows.to(tensor.device)]
+
+
+def _block_rows(blocks: Blocks, rows: Tensor | None) -> Blocks:
+    return blocks if rows is None else blocks.rows(rows)
+
+
+def _kind_for(name: str, num_axes: int, kind: str) -> str:
+    if num_axes == 1 or name.startswith("position"):
         return "F32"
     return "Q8_0" if name in (EMBEDDING, HEAD) and kind.startswith(("Q4", "Q5")) else kind
 

@@ -89,6 +89,14 @@ def unpack_blocks(kind: str, data: Bytes, shape: tuple[int, int]) -> Blocks:
     return Blocks(kind, codes, scales, offsets, 8 if kind == "Q4_0" else 0)
 
 
+def pack_blocks(blocks: Blocks) -> Bytes:
+    """The bytes of a matrix: the inverse of `unpack_blocks`."""
+    codes = blocks.codes.reshape(-1, BLOCK).numpy()
+    numbers = [blocks.scales] if blocks.offsets is None else [blocks.scales, blocks.offsets]
+    head = [_shrink_f16(part.reshape(-1, 1).numpy()) for part in numbers]
+    return np.concatenate((*head, codes.view(np.uint8) if blocks.kind == "Q8_0" else _pack_nibbles(codes)), axis=1)
+
+
 # Plain floats.
 
 

@@ -8,12 +8,13 @@ rule that cuts text into words (`tokenizer.ggml.pre`) and does not hold it; the 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fledge.errors import CheckpointError
-from fledge.formats.gguf import GGUFFile
+from fledge.formats.gguf import INT32, GGUFFile, Typed
+from fledge.text.foreign import parse
 from fledge.text.published import PublishedTokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
@@ -90,15 +91,10 @@ def read_tokenizer(file: GGUFFile) -> PublishedTokenizer:
         is_special = kind_of_token == CONTROL or token in special.values()
         if is_special or kind_of_token == USER_DEFINED:
             added.append({"id": token_id, "content": token, **_ADDED, "special": is_special})
-    layout = {
-        **_layout(rule),
-        "added_tokens": added,
-        "model": {
-            **_BPE,
-            "ignore_merges": rule.ignore_merges,
-            "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED},
-            "merges": [_pair(file, merge) for merge in merges],
-        },
+    layout = {**_layout(rule), "added_tokens": added}
+    layout["model"] |= {
+        "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED},
+        "merges": [_pair(file, merge) for merge in merges],
     }
     ends = [special[name] for name in ("eos", "eot", "eom")]
     return PublishedTokenizer(
@@ -111,6 +107,51 @@ def read_tokenizer(file: GGUFFile) -> PublishedTokenizer:
     )
 
 
+def tokenizer_metadata(published: PublishedTokenizer, vocab_size: int) -> tuple[dict[str, Any], bool]:
+    """(the metadata of a tokenizer for a model of `vocab_size` rows, whether its own rule for words has a name).
+
+    llama.cpp knows rules by name only: a tokenizer of another rule gets GPT-2's, and then some texts become other
+    tokens than here, which still spell the same text. `CheckpointError` if it is no byte-level BPE.
+    """
+    layout = parse(published.data)
+    if layout["model"].get("type") != "BPE":
+        raise CheckpointError(f"a {layout['model'].get('type')} vocabulary has no place in a GGUF file; only BPE has")
+    added = {token["id"]: token for token in layout["added_tokens"]}
+    names = {token_id: token for token, token_id in layout["model"]["vocab"].items()}
+    names |= {token_id: token["content"] for token_id, token in added.items()}
+    types = {token_id: CONTROL if token["special"] else USER_DEFINED for token_id, token in added.items()}
+    tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
+    kinds = [types.get(i, NORMAL if i in names else UNUSED) for i in range(vocab_size)]
+    rule = next((rule for rule in RULES if _shape(_layout(rule)) == _shape(layout)), None)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in layout["model"]["merges"]]
+    ids = {token: token_id for token_id, token in names.items()}
+    ends = zip(("eos", "eot", "eom"), published.ends, strict=False)
+    special = {"bos": published.bos, "padding": published.pad, **dict(ends)}
+    found = {
+        "model": "gpt2",
+        "pre": (rule or RULES[0]).names[0],
+        "tokens": tokens,
+        "token_type": Typed(INT32, kinds),
+        "merges": merges,
+        "add_bos_token": published.begins,
+        "add_space_prefix": False,
+        **{f"{name}_token_id": ids[token] for name, token in special.items() if token is not None},
+    }
+    metadata = {_KEY + name: value for name, value in found.items()}
+    if published.template is not None:
+        metadata["tokenizer.chat_template"] = published.template
+    return metadata, rule is not None
+
+
+def _shape(layout: Mapping[str, Any]) -> list[Any]:
+    """How a tokenizer.json cuts text, in one spelling: defaults filled in, what changes no id left out."""
+    words = layout.get("pre_tokenizer") or {}
+    parts = words.get("pretokenizers", [words])
+    plain = [{key: value for key, value in part.items() if key not in ("trim_offsets", "invert")} for part in parts]
+    filled = [{"use_regex": True, **part} if part.get("type") == "ByteLevel" else part for part in plain]
+    return [layout.get("normalizer"), filled, bool(layout["model"].get("ignore_merges"))]
+
+
 def _layout(rule: Rule) -> dict[str, Any]:
     words = rule.words[0] if len(rule.words) == 1 else {"type": "Sequence", "pretokenizers": list(rule.words)}
     return {
@@ -121,6 +162,7 @@ def _layout(rule: Rule) -> dict[str, Any]:
         "pre_tokenizer": words,
         "post_processor": None,
         "decoder": _BYTES,
+        "model": {**_BPE, "ignore_merges": rule.ignore_merges},
     }
 
 

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from fledge.config import from_json
 from fledge.errors import CheckpointError, ConfigError
 from fledge.files import write_directory, write_json, write_text
-from fledge.formats.checkpoint import LoadedModel
 from fledge.layers.lora import Linear
 from fledge.models.published import IDLE, Published
 from fledge.registry import FAMILIES, family, load_family
-from fledge.text.chat import ROLES, ChatTemplate
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000  # the size at which `transformers` long split its own files
@@ -91,43 +89,6 @@ def save_huggingface(
         _write_shards(temporary, weights, max_shard_bytes)
 
     write_directory(directory, fill)
-
-
-def export_checkpoint(loaded: LoadedModel, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """`save_huggingface` with all that `transformers` needs to chat: tokenizer, chat template, where to stop.
-
-    Their tokenizer reads special tokens in a user's text as such; ours never does (docs/architecture.md, seam 1).
-    """
-    template, tokenizer, renderer = ChatTemplate(), loaded.tokenizer, loaded.renderer
-    turns = "{" + ", ".join(f"'{role}': '{getattr(template, role)}'" for role in ROLES) + "}"
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": loaded.model.config.max_positions,  # type: ignore[union-attr]
-        "bos_token": tokenizer.pieces([tokenizer.end_of_text_id])[0],
-        "eos_token": template.end,
-        "pad_token": tokenizer.pieces([tokenizer.pad_id])[0],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": f"{{% set turns = {turns} %}}{{{{ '{template.start}' }}}}{{% for message in messages %}}"
-        f"{{{{ turns[message['role']] + message['content'] + '{template.end}' }}}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ '{template.assistant}' }}}}{{% endif %}}",
-    }
-    ids = {
-        "bos_token_id": tokenizer.end_of_text_id,
-        "eos_token_id": renderer.end_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-    save_huggingface(
-        loaded.info.family,
-        loaded.model,
-        directory,
-        dtype=dtype,
-        token_ids=ids,
-        companions={
-            "tokenizer.json": (loaded.directory / "tokenizer.json").read_text(encoding="utf-8"),
-            "tokenizer_config.json": json.dumps(tokenizer_config, indent=1),
-            "generation_config.json": json.dumps({**ids, "eos_token_id": sorted(renderer.stop_ids)}),
-        },
-    )
 
 
 # Which make of checkpoint, and its config.

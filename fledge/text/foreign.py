@@ -127,8 +127,29 @@ def adopt_imported(
         token["special"] |= token["content"] in moved
         token["content"] = moved.get(token["content"], token["content"])
     layout["model"]["vocab"] = {moved.get(token, token): token_id for token, token_id in ids.items()}
-    layout |= {"post_processor": None, "padding": None, "truncation": None}
+    layout |= {"padding": None, "truncation": None}
     return json.dumps(layout, ensure_ascii=False).encode(), moved
+
+
+def give_back(data: bytes, names: Mapping[str, str]) -> bytes:
+    """The tokenizer.json that `adopt_imported` was given, but for padding and truncation: `names` are what it returned.
+
+    Padding that was a token of no name, or that of a byte, is as it was.
+    """
+    layout = parse(data)
+    theirs = {ours: name for name, ours in names.items()}
+    pad = theirs["<|pad|>"]
+    was_ours = pad == "<|pad|>"
+    layout["added_tokens"] = [
+        {**token, "content": theirs.get(token["content"], token["content"])}
+        for token in layout["added_tokens"]
+        if token["content"] != "<|pad|>" or not (was_ours or pad in byte_alphabet().values())
+    ]
+    vocab: Mapping[str, int] = layout["model"]["vocab"]
+    layout["model"]["vocab"] = {
+        theirs.get(token, token): token_id for token, token_id in vocab.items() if token != "<|pad|>" or not was_ours
+    }
+    return json.dumps(layout, ensure_ascii=False).encode()
 
 
 def _refuse_other_models(ids: Mapping[str, int], vocab_size: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fledge.errors import TokenizerError
-from fledge.text.foreign import adopt_imported, parse
+from fledge.text.chat import ROLES, ChatRenderer, ChatTemplate
+from fledge.text.foreign import adopt_imported, give_back, parse
 from fledge.text.template import ImportedTemplate
 from fledge.text.tokenizer import Tokenizer
 
@@ -59,5 +60,40 @@ def adopt_published(published: PublishedTokenizer, vocab_size: int) -> tuple[Tok
     used = {*published.ends, *(token for token in special if token == published.bos or token in source)}
     data, names = adopt_imported(published.data, vocab_size, document, published.pad, used)
     ends = tuple(dict.fromkeys(published.ends))
-    template = ImportedTemplate(source, published.bos, ends[0] if ends else None, ends, names)
+    template = ImportedTemplate(source, published.bos, ends[0] if ends else None, ends, names, published.begins)
     return Tokenizer(data), template
+
+
+def publish_imported(data: bytes, template: ImportedTemplate) -> PublishedTokenizer:
+    """What `adopt_published` was given: `data` is the tokenizer.json that it made, `template` its other result.
+
+    Padding that had an unused id of its own becomes the first of the ends again, as most makers have it.
+    """
+    published = give_back(data, template.names)
+    pad = next((name for name, ours in template.names.items() if ours == "<|pad|>"), None)
+    has_name = pad in {token["content"] for token in parse(published)["added_tokens"]}
+    return PublishedTokenizer(
+        published,
+        template.bos_token,
+        template.stops,
+        pad if has_name else next(iter(template.stops), None),
+        template.begins,
+        template.source,
+    )
+
+
+def publish_own(data: bytes, renderer: ChatRenderer) -> PublishedTokenizer:
+    """A tokenizer of fledge's with its own template, told in Jinja.
+
+    Theirs will read special tokens in a user's text as such; ours never does (docs/architecture.md, seam 1).
+    """
+    template = ChatTemplate()
+    turns = "{" + ", ".join(f"'{role}': '{getattr(template, role)}'" for role in ROLES) + "}"
+    source = (
+        f"{{% set turns = {turns} %}}{{{{ '{template.start}' }}}}{{% for message in messages %}}"
+        f"{{{{ turns[message['role']] + message['content'] + '{template.end}' }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{template.assistant}' }}}}{{% endif %}}"
+    )
+    tokenizer = renderer.tokenizer
+    ends = (template.end, tokenizer.pieces([tokenizer.end_of_text_id])[0])
+    return PublishedTokenizer(data, template.start, ends, tokenizer.pieces([tokenizer.pad_id])[0], False, source)

@@ -39,7 +39,7 @@ class ImportedTemplate:
 
     `source` is Jinja. `bos_token` and `eos_token` are what it sees under these names. At `stops` generation ends, and
     the one that ends a turn is found by rendering one. Tokens have their makers' names here; `names` maps those that
-    our tokenizer calls otherwise to our name.
+    our tokenizer calls otherwise to our name. With `begins` their tokenizer puts `bos_token` before every text.
     """
 
     source: str
@@ -47,6 +47,7 @@ class ImportedTemplate:
     eos_token: str | None = None
     stops: tuple[str, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
+    begins: bool = False
 
 
 @dataclass(frozen=True)

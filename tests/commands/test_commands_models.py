@@ -1,4 +1,4 @@
-"""`fledge models` and what it prints, and a whole export as `transformers` sees it."""
+"""`fledge models` and what it prints."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_exported_model_talks_the_same_in_transformers(tmp_path: Path, tokeni
     transformers.logging.set_verbosity_error()
     model = small_llama(tokenizer)
     write_checkpoint(tmp_path / "model", "llama", model, tokenizer)
-    assert main(["models", "export", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "huggingface"]) == 0
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -88,6 +88,6 @@ def test_a_family_without_a_published_layout_is_refused(
 ) -> None:
     model = Pocket(PocketConfig(tokenizer.vocab_size, 24, 1, 2, table_rows=8))
     write_checkpoint(tmp_path / "model", "pocket", model, tokenizer)
-    assert main(["models", "export", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "huggingface"]) == 2
     assert "no Hugging Face layout holds this pocket" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
