@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fledge.errors import ConfigError, UserError
+from fledge.formats import peft
 from fledge.infer import scoring
 from fledge.infer.adapters import Adapters
 from fledge.infer.answers import Answer, Job
@@ -194,8 +196,11 @@ class Engine:
         self._scheduler.flush()
         self._weights_version = version
 
-    def load_adapter(self, name: str, adapter: Adapter) -> None:
-        """Hold a LoRA adapter for requests that name it. `UserError` if it does not fit or the name is taken."""
+    def load_adapter(self, name: str, adapter: Adapter | Path) -> None:
+        """Hold a LoRA adapter, or the one in a PEFT directory, for requests that name it. `UserError` if it does not
+        fit or the name is taken."""
+        if isinstance(adapter, Path):
+            adapter = peft.load_adapter(adapter, cast(nn.Module, self._model))
         self._adapters.load(name, adapter)
 
     def unload_adapter(self, name: str) -> None:

@@ -601,7 +601,7 @@ def test_an_answer_that_runs_out_of_tokens_says_so(bpe: Tokenizer, engine: Engin
 def test_an_answer_whose_grammar_meets_a_limit_ends_with_an_error(bpe: Tokenizer) -> None:
     torch.manual_seed(0)
     engine = Engine(Llama(LlamaConfig(bpe.vocab_size, 32, 1, 2, 2, 48)), bpe, EngineConfig(num_blocks=200))
-    engine._grammars = GrammarCompiler(bpe, limits=GrammarLimits(lexer_states=120))
+    engine._stepper.grammars = GrammarCompiler(bpe, limits=GrammarLimits(lexer_states=120))
     bad, good = engine.generate(
         [
             ask(bpe, "bad", Grammar("regex", "(a|b)*a(a|b){200}"), max_tokens=500),
