@@ -79,7 +79,7 @@ def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | No
     `packed` from `pack_int8`. A row's result does not depend on the rows beside it, bit for bit. A row that holds NaN
     or infinity gives NaN.
     """
-    y: Tensor = torch.ops.fledge.linear_int8(x, packed, scales_N, bias_N)
+    y: Tensor = torch.ops.fledge.linear_int8.default(x, packed, scales_N, bias_N)
     return y
 
 
@@ -107,7 +107,7 @@ def linear_int4(x: Tensor, packed: Tensor, num_channels: int, bias_N: Tensor | N
 
     A row's result does not depend on the rows beside it, bit for bit; NaN and infinity give NaN in their row.
     """
-    y: Tensor = torch.ops.fledge.linear_int4(x, packed, num_channels, bias_N)
+    y: Tensor = torch.ops.fledge.linear_int4.default(x, packed, num_channels, bias_N)
     return y
 
 
@@ -127,7 +127,7 @@ def paged_attention(
     looked at. A query's result does not depend on the others, bit for bit.
     """
     assert window is None or window > 0, window
-    y: Tensor = torch.ops.fledge.paged_attention(q_NHK, keys, values, tables_NM, lengths_N, scale, window or 0)
+    y: Tensor = torch.ops.fledge.paged_attention.default(q_NHK, keys, values, tables_NM, lengths_N, scale, window or 0)
     return y
 
 

@@ -35,6 +35,7 @@ class _Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._plain: Tensor | None = None
+        self._has_kernels = kernels.load().is_compiled  # asked once: torch.compile cannot look into `load`
 
     def _unpack(self) -> Tensor:
         raise NotImplementedError
@@ -50,7 +51,7 @@ class _Packed(nn.Module):
         self._plain = None
 
     def _runs_kernels(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and kernels.load().is_compiled
+        return self._has_kernels and x.device.type == "cpu"
 
 
 class Int8Linear(_Packed):
@@ -74,6 +75,8 @@ class Int8Linear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._runs_kernels(x):
+            if x.dtype == torch.float32:  # the usual case calls nothing else: small models feel every call
+                return kernels.linear_int8(x, self.packed, self.scales, self.bias)
             return kernels.linear_int8(x.float(), self.packed, self.scales, self.bias).to(x.dtype)
         x_MK = x.reshape(-1, self.in_features).float()
         bytes_MK, scale_M1 = twins.quantize_rows(x_MK)
@@ -109,6 +112,8 @@ class Int4Linear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._runs_kernels(x):
+            if x.dtype == torch.float32:
+                return kernels.linear_int4(x, self.packed, self.out_features, self.bias)
             return kernels.linear_int4(x.float(), self.packed, self.out_features, self.bias).to(x.dtype)
         x_MK = x.reshape(-1, self.in_features).float()
         x_MGI = F.pad(x_MK, (0, -self.in_features % GROUP)).unflatten(1, (-1, GROUP))
