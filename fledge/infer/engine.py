@@ -26,6 +26,7 @@ from fledge.infer.adapters import Adapters
 from fledge.infer.answers import Answer, Job
 from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.choosing import Choice
+from fledge.infer.decoding import CompiledDecoder
 from fledge.infer.paged import Pages
 from fledge.infer.runner import Runner, count_blocks, probe_sites
 from fledge.infer.scheduler import Scheduler, SchedulerConfig, SchedulerStats
@@ -41,7 +42,8 @@ from fledge.types import Completion, Request, TokenEvent
 class EngineConfig:
     """`cache_bytes` of keys and values, in blocks of `block_size` positions; `num_blocks` says it in blocks instead.
 
-    At most `max_live` answers are written at once, and a step runs at most `max_step_tokens` positions.
+    At most `max_live` answers are written at once, and a step runs at most `max_step_tokens` positions. `compile` runs
+    steps of few answers as compiled code (decoding.py); None leaves it off, because it makes the first answers wait.
     """
 
     cache_bytes: int = 1 << 30
@@ -49,6 +51,7 @@ class EngineConfig:
     num_blocks: int | None = None
     max_live: int = 64
     max_step_tokens: int = 512
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         if min(self.cache_bytes, self.block_size) < 1:
@@ -86,7 +89,8 @@ class Engine:
             SchedulerConfig(num_blocks, size, self.config.max_live, self.config.max_step_tokens)
         )
         self._adapters = Adapters(cast(nn.Module, model))
-        self._runner = Runner(model, Pages(sites, num_blocks, size, self._device))
+        pages = Pages(sites, num_blocks, size, self._device)
+        self._runner = Runner(model, pages, self._compile(pages))
         self._stepper = Stepper(model, tokenizer, self._runner, self._adapters)
         self._jobs: dict[str, Job] = {}
         self._written: dict[int, Written] = {}  # by live.id
@@ -232,6 +236,12 @@ class Engine:
         grammar = request.grammar
         matcher = None if grammar is None else self._stepper.grammars.matcher(grammar, request.stop_ids)
         return Answer(request, index, live, self._tokenizer, matcher, self._device)
+
+    def _compile(self, pages: Pages) -> CompiledDecoder | None:
+        if not self.config.compile:
+            return None
+        with evaluating(self._model):
+            return CompiledDecoder(self._model, pages)
 
     def _accept(self, span: Span, choices: Sequence[Choice], events: list[TokenEvent]) -> list[int]:
         """The tokens that the answer goes on with: as many as follow the draft, and one more.

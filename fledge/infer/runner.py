@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fledge.errors import UserError
 from fledge.infer.causal import CausalModel, device_of, evaluating
+from fledge.infer.decoding import MAX_ROWS, CompiledDecoder
 from fledge.infer.paged import Chunk, Layout, PagedContext, Pages, SiteShape
 from fledge.infer.sequence import Live, Span
 from fledge.layers.attention import RowContext
@@ -70,11 +71,22 @@ def in_running_order(spans: Sequence[Span]) -> list[Span]:
     return sorted(spans, key=lambda span: span.count > SHORT_SPAN)
 
 
-class Runner:
-    """Runs a model over spans. `pages` belongs to it alone."""
+class _Places(NamedTuple):
+    """Where the tokens of some spans stand: `firsts` and `counts` by span, the others as in `paged.Layout`."""
 
-    def __init__(self, model: CausalModel, pages: Pages) -> None:
-        self.model, self.pages = model, pages
+    counts: Ints
+    firsts: Ints
+    rows_T: Ints
+    positions_T: Ints
+    tables_NM: Ints
+    tokens_T: Ints
+
+
+class Runner:
+    """Runs a model over spans. `pages` belongs to it alone, and so does `decoder`, compiled code if there is any."""
+
+    def __init__(self, model: CausalModel, pages: Pages, decoder: CompiledDecoder | None = None) -> None:
+        self.model, self.pages, self._decoder = model, pages, decoder
         self._tables = _Tables()
 
     def run(self, spans: Sequence[Span], num_wanted: Sequence[int]) -> list[Tensor]:
@@ -88,37 +100,55 @@ class Runner:
         ends = accumulate(span.count for span in spans)
         return [x_TD[end - wanted : end] for end, wanted in zip(ends, num_wanted, strict=True)]
 
+    def decode(self, spans: Sequence[Span]) -> Tensor | None:
+        """logits_TV after every token of the spans by compiled code, as `run` and `unembed` would give them; None if
+        there is no such code for spans so large. To be run within `evaluating`."""
+        if self._decoder is None or sum(span.count for span in spans) > MAX_ROWS:
+            return None
+        at = self._place(spans)
+        return self._decoder.run(at.tokens_T, at.positions_T, at.tables_NM[at.rows_T])
+
     def forget(self, live: Live) -> None:
         """The sequence has ended."""
         self._tables.forget(live)
 
-    def _lay_out(self, spans: Sequence[Span]) -> tuple[Layout, Tensor]:
-        """Where every token of the step stands, and the tokens, (1, T)."""
-        size = self.pages.block_size
+    def _place(self, spans: Sequence[Span]) -> _Places:
         starts, counts = (np.array([getattr(span, name) for span in spans]) for name in ("start", "count"))
-        tables_NM = self._tables.of(spans, size)
         firsts = np.cumsum(counts) - counts
         rows_T = np.repeat(np.arange(len(spans)), counts)
-        positions_T = np.arange(len(rows_T)) - np.repeat(firsts - starts, counts)
-        slots_T = tables_NM[rows_T, positions_T // size] * size + positions_T % size
-        num_queries = int(counts[counts <= SHORT_SPAN].sum())
-        is_single = num_queries == int((counts == 1).sum())  # then every query has the row of its own number
-        tables_QM = tables_NM[:num_queries] if is_single else tables_NM[rows_T[:num_queries]]
+        return _Places(
+            counts=counts,
+            firsts=firsts,
+            rows_T=rows_T,
+            positions_T=np.arange(len(rows_T)) - np.repeat(firsts - starts, counts),
+            tables_NM=self._tables.of(spans, self.pages.block_size),
+            tokens_T=np.fromiter(
+                chain.from_iterable(map(_tokens_of, spans)), dtype=np.int64, count=len(rows_T)
+            ),
+        )
+
+    def _lay_out(self, spans: Sequence[Span]) -> tuple[Layout, Tensor]:
+        """Where every token of the step stands, and the tokens, (1, T)."""
+        size, at = self.pages.block_size, self._place(spans)
+        slots_T = at.tables_NM[at.rows_T, at.positions_T // size] * size + at.positions_T % size
+        is_short_N = at.counts <= SHORT_SPAN
+        num_queries = int(at.counts[is_short_N].sum())
+        is_single = num_queries == int(is_short_N.sum())  # then every query has the row of its own number
+        tables_QM = at.tables_NM[:num_queries] if is_single else at.tables_NM[at.rows_T[:num_queries]]
         layout = Layout(
-            positions_T=self._tensor(positions_T),
+            positions_T=self._tensor(at.positions_T),
             slots_T=self._tensor(slots_T),
-            rows_T=self._tensor(rows_T),
-            tables_NM=self._tensor(tables_NM),
+            rows_T=self._tensor(at.rows_T),
+            tables_NM=self._tensor(at.tables_NM),
             tables_QM=self._tensor(tables_QM),
-            lengths_Q=self._tensor(positions_T[:num_queries] + 1),
+            lengths_Q=self._tensor(at.positions_T[:num_queries] + 1),
             chunks=tuple(
-                Chunk(row, int(firsts[row]), span.start, span.count)
+                Chunk(row, int(at.firsts[row]), span.start, span.count)
                 for row, span in enumerate(spans)
                 if span.count > SHORT_SPAN
             ),
         )
-        tokens = np.fromiter(chain.from_iterable(map(_tokens_of, spans)), dtype=np.int64, count=len(rows_T))
-        return layout, self._tensor(tokens)[None]
+        return layout, self._tensor(at.tokens_T)[None]
 
     def _tensor(self, array: Ints) -> Tensor:
         return torch.from_numpy(array).to(self.pages.device, non_blocking=True)

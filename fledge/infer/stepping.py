@@ -72,6 +72,12 @@ class Stepper:
 
     def _forward(self, spans: Sequence[Span], own: Sequence[Written]) -> Tensor:
         """logits_WV of the positions that are drawn after, span after span; (0, 0) if there is none."""
+        if not self._adapters.names and all(
+            span.count == 1 + span.num_draft and span.draws for span in spans
+        ):
+            logits_TV = self._runner.decode(spans)
+            if logits_TV is not None:
+                return logits_TV
         self._adapters.route(
             [(of.answer.request.adapter, span.count) for span, of in zip(spans, own, strict=True)]
         )

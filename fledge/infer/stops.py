@@ -55,6 +55,5 @@ def _first_stop(text: str, stops: Sequence[str]) -> int | None:
 def _undecided(text: str, stops: Sequence[str]) -> int:
     """The length of the longest end of `text` with which a stop string begins."""
     return max(
-        next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-        for stop in stops
+        next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0) for stop in stops
     )
