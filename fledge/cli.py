@@ -26,6 +26,8 @@ COMMANDS = (
     ("import", "import_", "make a published model one of fledge's"),
     ("export", "export", "write a model for transformers, vLLM or llama.cpp"),
     ("models", "models", "the model families and their published sizes"),
+    ("serve", "serve", "serve models with OpenAI's API"),
+    ("keys", "keys", "who may use the server"),
 )
 USAGE, INTERRUPTED = 2, 130
 

@@ -1,0 +1,128 @@
+"""`fledge serve [RUN[:STAGE] | MODEL ...]`: models behind OpenAI's API, for programs and the chat page alike."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from fledge.commands.serving import database_url, server_folder
+from fledge.errors import UserError
+from fledge.recipes.runs import resolve_model
+from fledge.serve.app import make_app, make_state
+from fledge.serve.hub import ModelEntry
+from fledge.serve.loading import CACHE_BYTES, ProcessLoader
+from fledge.serve.state import ServerConfig, State
+from fledge.store.blobs import Blobs
+from fledge.store.database import Database
+from fledge.store.keys import KeyRequest, create_key, list_keys
+from fledge.store.pages import now
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("serve", help="serve models with OpenAI's API")
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="RUN, RUN:STAGE, or a checkpoint folder")
+    parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument(
+        "--alias",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="another name for one of the models",
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="of the engines, as torch calls it (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="of each engine (default: as many as torch takes)")
+    parser.add_argument(
+        "--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of keys and values, for each model"
+    )
+    parser.add_argument(
+        "--memory-mb", type=int, help="for all models; those least used make room (default: no limit)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM; answers in progress are given time to end."""
+    entries = model_entries(args.models, args.alias, args.runs)
+    if args.cache_mb < 1 or (args.memory_mb is not None and args.memory_mb < 1):
+        raise UserError("--cache-mb and --memory-mb are at least 1")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    loader = ProcessLoader({"cache_bytes": args.cache_mb << 20}, args.device, args.threads)
+    return asyncio.run(_serve(args, entries, loader))
+
+
+def model_entries(names: Sequence[str], aliases: Sequence[str], runs: Path) -> list[ModelEntry]:
+    """The models by the names that clients use; `UserError` for one that is not there or named twice."""
+    found = [ModelEntry(name, now(), "fledge", path=resolve_model(name, runs).resolve()) for name in names]
+    for alias in aliases:
+        name, equals, target = alias.partition("=")
+        if not equals or not name or target not in names:
+            raise UserError(f"--alias {alias}: expected NAME=MODEL with a MODEL that is served")
+        found.append(ModelEntry(name, now(), "fledge", target=target))
+    taken = [entry.name for entry in found]
+    if twice := {name for name in taken if taken.count(name) > 1}:
+        raise UserError(f"two models are named '{min(twice)}'")
+    return found
+
+
+async def _serve(args: argparse.Namespace, entries: Sequence[ModelEntry], loader: ProcessLoader) -> int:
+    database = Database(database_url())
+    await database.open()
+    try:
+        await _first_key(database, args.host)
+        max_bytes = None if args.memory_mb is None else args.memory_mb << 20
+        blobs = Blobs(server_folder() / "blobs")
+        state = make_state(ServerConfig(), database, blobs, loader, entries, max_bytes)
+        await _listen(state, args.host, args.port)
+    finally:
+        await database.close()
+    return 0
+
+
+async def _listen(state: State, host: str, port: int) -> None:
+    config = uvicorn.Config(
+        make_app(state),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # guard.py writes its own
+        server_header=False,
+        timeout_graceful_shutdown=int(state.config.drain_seconds),
+    )
+    server = uvicorn.Server(config)
+    if state.hub.default is not None:
+        await state.hub.warm(state.hub.default)
+    print(f"fledge serves on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
+    await server.serve()
+
+
+async def _first_key(database: Database, host: str) -> None:
+    """On this machine alone the first key makes itself; before others can reach the server, somebody must."""
+    if any(row.revoked_at is None for row in await list_keys(database)):
+        return
+    if not _is_loopback(host):
+        raise UserError(
+            f"--host {host} can be reached by others and there is no key yet; `fledge keys create` first"
+        )
+    key, _ = await create_key(database, KeyRequest("local", "first"))
+    print(f"The first API key, shown once: {key}", flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

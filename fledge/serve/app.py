@@ -1,0 +1,81 @@
+"""The server as an ASGI app: its parts put together, opened and closed. Begin here to read this folder.
+
+guard.py sees every request first; auth.py says whose it is; a router file a resource answers it, most by a job
+(jobs.py) over the engine's events (generation.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import Depends, FastAPI
+
+import fledge
+from fledge.serve import chat, errors, health, models
+from fledge.serve.auth import Keys, authenticate
+from fledge.serve.guard import Guard
+from fledge.serve.hub import Hub, Loader, ModelEntry
+from fledge.serve.jobs import Jobs
+from fledge.serve.limits import Limiter
+from fledge.serve.metrics import Metrics
+from fledge.serve.state import ServerConfig, State
+from fledge.serve.wire import ErrorAnswer
+from fledge.store.blobs import Blobs
+from fledge.store.database import Database
+
+log = logging.getLogger(__name__)
+
+# Of two paths that fit, the one that comes first wins; so what is named comes before what is a parameter.
+ROUTERS = (chat.router, models.router, health.router)
+
+
+def make_state(
+    config: ServerConfig,
+    database: Database,
+    blobs: Blobs,
+    loader: Loader,
+    own: Sequence[ModelEntry],
+    max_bytes: int | None = None,
+) -> State:
+    """The parts of a server. `own` are its models; together they may take `max_bytes` of memory."""
+    return State(
+        config=config,
+        database=database,
+        blobs=blobs,
+        hub=Hub(database, loader, own, max_bytes),
+        jobs=Jobs(database, config.max_running),
+        keys=Keys(database, Limiter()),
+        metrics=Metrics(),
+    )
+
+
+def make_app(state: State) -> FastAPI:
+    """The app over these parts, whose database is open. Its lifespan opens and closes the rest."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await state.jobs.open()
+        try:
+            yield
+        finally:
+            await state.jobs.close(state.config.drain_seconds)
+            await state.hub.close()
+
+    app = FastAPI(
+        title="fledge",
+        version=fledge.__version__,
+        lifespan=lifespan,
+        dependencies=[Depends(authenticate)],
+        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.fledge = state
+    errors.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_middleware(Guard, limits=state.config.limits, metrics=state.metrics)
+    return app

@@ -1,0 +1,106 @@
+"""Who asks: a bearer key becomes a `Principal`, or the request ends with 401 or 403.
+
+Every route asks for a key through the app's own dependency (`authenticate`); those that need none are listed in
+`PUBLIC`, which a test holds against the app.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from fledge.serve.errors import ApiError
+from fledge.serve.limits import Budgets, Limiter
+from fledge.store.database import Database
+from fledge.store.keys import find_key, hash_key
+
+PUBLIC = frozenset({"/health", "/openapi.json"})
+MAX_KEY_LENGTH = 512
+# A key that was revoked by another process is refused after this time at the latest.
+_TRUST_SECONDS = 2.0
+_MAX_KNOWN = 10_000
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The owner of what a request makes and sees, and what its key allows."""
+
+    owner: str
+    key_id: str
+    scopes: frozenset[str]
+    budgets: Budgets
+
+    def may(self, scope: str) -> bool:
+        return bool(self.scopes & {"all", scope})
+
+
+class Keys:
+    """Finds principals by their keys, and remembers them for a moment."""
+
+    def __init__(self, database: Database, limiter: Limiter) -> None:
+        self._database, self._limiter = database, limiter
+        self._known: dict[str, tuple[float, Principal]] = {}  # by the key's hash
+
+    async def principal(self, key: str) -> Principal | None:
+        digest = hash_key(key)
+        until, known = self._known.get(digest, (0.0, None))
+        if known is not None and time.monotonic() < until:
+            return known
+        row = await find_key(self._database, key)
+        if row is None:
+            self._known.pop(digest, None)
+            return None
+        budgets = self._limiter.budgets(row.id, row.requests_per_minute, row.tokens_per_minute)
+        found = Principal(row.owner, row.id, frozenset(row.scopes), budgets)
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known[digest] = time.monotonic() + _TRUST_SECONDS, found
+        return found
+
+
+def bearer_of(request: Request) -> str:
+    """The key of the Authorization header; 401 without one."""
+    given = request.headers.get("authorization")
+    if given is None:
+        raise _unauthorized("You did not provide an API key: send the header Authorization: Bearer YOUR_KEY")
+    scheme, _, key = given.partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key or len(key) > MAX_KEY_LENGTH:
+        raise _unauthorized("The Authorization header must be: Bearer YOUR_KEY")
+    return key
+
+
+async def authenticate(request: Request) -> None:
+    """The app's dependency: `request.state.principal` is set, or the route is public, or it ends here."""
+    if request.scope["route"].path in PUBLIC:
+        return
+    principal = await request.app.state.fledge.keys.principal(bearer_of(request))
+    if principal is None:
+        raise _unauthorized("Incorrect API key provided", "invalid_api_key")
+    request.state.principal = principal
+    notes: dict[str, str] = request.state.notes
+    try:
+        principal.budgets.charge("requests", 1)
+    finally:
+        notes.update(principal.budgets.headers())
+
+
+def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
+    """A dependency: the principal, if its key has this scope."""
+
+    async def check(request: Request) -> Principal:
+        principal: Principal = request.state.principal
+        if not principal.may(scope):
+            message = f"This key lacks the scope '{scope}'; make one that has it with `fledge keys create`"
+            raise ApiError(403, message, code="missing_scope")
+        return principal
+
+    return check
+
+
+def _unauthorized(message: str, code: str | None = None) -> ApiError:
+    headers = {"www-authenticate": "Bearer"}
+    return ApiError(401, message, kind="invalid_request_error", code=code, headers=headers)

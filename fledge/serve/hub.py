@@ -1,0 +1,195 @@
+"""The models of a server: found by name, loaded when first asked for, and put away when memory is needed.
+
+A name leads over aliases to a checkpoint folder. What a model needs is estimated by the size of its files and its
+cache; before one is loaded that does not fit into the budget, the models that nobody uses go, longest unused first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fledge.serve.engine import ServedModel
+from fledge.serve.errors import ApiError
+from fledge.store import models as stored
+from fledge.store.database import Database
+from fledge.store.tables import ModelRow
+
+log = logging.getLogger(__name__)
+
+_MAX_ALIASES = 8  # that lead from one to the next
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A name and what it stands for: a checkpoint folder, or another name."""
+
+    name: str
+    created_at: int
+    owned_by: str
+    path: Path | None = None
+    target: str | None = None
+    is_deletable: bool = False
+
+
+class Loader(Protocol):
+    """How checkpoints become models that are served."""
+
+    def size(self, path: Path) -> int:
+        """About how many bytes of memory the model will take."""
+
+    async def load(self, name: str, path: Path) -> ServedModel:
+        """`UserError` for a checkpoint that cannot be used."""
+
+
+@dataclass(eq=False)
+class _Held:
+    """A model in memory, or on its way there."""
+
+    size: int
+    task: asyncio.Task[ServedModel]
+    num_users: int = 0
+    used_at: int = 0  # counts uses, not seconds
+
+
+class Hub:
+    """`own` are the models that the server was started with; the first of them is the default."""
+
+    def __init__(
+        self, database: Database, loader: Loader, own: Sequence[ModelEntry], max_bytes: int | None
+    ) -> None:
+        self._database, self._loader, self._max_bytes = database, loader, max_bytes
+        self._own: Mapping[str, ModelEntry] = {entry.name: entry for entry in own}
+        self._held: dict[Path, _Held] = {}
+        self._num_uses = 0
+
+    @property
+    def default(self) -> str | None:
+        return next(iter(self._own), None)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model that was loaded has an engine that lives."""
+        loaded = [held.task.result() for held in self._held.values() if _is_loaded(held)]
+        return all(model.engine.is_ready for model in loaded)
+
+    def loaded(self) -> list[ServedModel]:
+        return [held.task.result() for held in self._held.values() if _is_loaded(held)]
+
+    async def find(self, owner: str, name: str) -> ModelEntry:
+        """The model of this name that the owner may use; 404 if there is none."""
+        entry = self._own.get(name)
+        if entry is None:
+            row = await stored.find_model(self._database, owner, name) if "\0" not in name else None
+            entry = None if row is None else _entry(row, owner)
+        if entry is None:
+            message = f"The model '{name[:200]}' does not exist or you do not have access to it"
+            raise ApiError(404, message, param="model", code="model_not_found", kind="invalid_request_error")
+        return entry
+
+    async def available(self, owner: str) -> Sequence[ModelEntry]:
+        rows = await stored.list_models(self._database, owner)
+        return [*self._own.values(), *(_entry(row, owner) for row in rows if row.id not in self._own)]
+
+    async def delete(self, owner: str, name: str) -> bool:
+        """False if it is none of the owner's own."""
+        return name not in self._own and await stored.delete_model(self._database, owner, name)
+
+    async def path_of(self, owner: str, name: str) -> Path:
+        """The checkpoint that a name leads to."""
+        entry = await self.find(owner, name)
+        for _ in range(_MAX_ALIASES):
+            if entry.target is None:
+                break
+            entry = await self.find(owner, entry.target)
+        if entry.path is None:
+            raise ApiError(
+                500, f"The model '{name[:200]}' is an alias that leads nowhere", code="internal_error"
+            )
+        return entry.path
+
+    @asynccontextmanager
+    async def use(self, owner: str, name: str) -> AsyncIterator[ServedModel]:
+        """The model, loaded, which stays so within this block. 404, 400 for a damaged one, 503 if memory is short."""
+        path = await self.path_of(owner, name)
+        held = self._held.get(path)
+        if held is None or (held.task.done() and not _is_loaded(held)):
+            held = await self._begin(path)
+        held.num_users += 1
+        self._num_uses += 1
+        held.used_at = self._num_uses
+        try:
+            yield await asyncio.shield(held.task)
+        finally:
+            held.num_users -= 1
+
+    async def warm(self, name: str) -> None:
+        """Load a model that the server was started with."""
+        async with self.use("", name):
+            pass
+
+    async def close(self) -> None:
+        held, self._held = list(self._held.values()), {}
+        for one in held:
+            await _put_away(one)
+
+    async def _begin(self, path: Path) -> _Held:
+        """Start loading. Nothing is awaited between the look at what is held and the new entry in it."""
+        size = await asyncio.to_thread(self._loader.size, path)
+        held = self._held.get(path)
+        if held is not None and (not held.task.done() or _is_loaded(held)):
+            return held  # somebody else has begun meanwhile
+        going = self._to_evict(path, size)
+        for old in going:
+            log.info("%s is put away", old)
+        gone = [self._held.pop(old) for old in going]
+        begun = _Held(size, asyncio.create_task(self._load(path, gone)))
+        self._held[path] = begun
+        return begun
+
+    async def _load(self, path: Path, gone: Sequence[_Held]) -> ServedModel:
+        for old in gone:
+            await _put_away(old)
+        log.info("loading %s", path)
+        return await self._loader.load(str(path), path)
+
+    def _to_evict(self, path: Path, size: int) -> list[Path]:
+        """Whom to put away so that `size` more bytes fit; 503 if that is not enough."""
+        others = {other: held for other, held in self._held.items() if other != path}
+        total = size + sum(held.size for held in others.values())
+        going: list[Path] = []
+        if self._max_bytes is None:
+            return going
+        idle = [other for other, held in others.items() if held.num_users == 0 and held.task.done()]
+        for other in sorted(idle, key=lambda other: others[other].used_at):
+            if total <= self._max_bytes:
+                break
+            going.append(other)
+            total -= others[other].size
+        if total > self._max_bytes and len(going) < len(others):
+            headers = {"retry-after": "5"}
+            message = "Other models are in use and there is no memory for this one; try again"
+            raise ApiError(503, message, code="no_memory", headers=headers)
+        return going
+
+
+def _is_loaded(held: _Held) -> bool:
+    return held.task.done() and not held.task.cancelled() and held.task.exception() is None
+
+
+async def _put_away(held: _Held) -> None:
+    if not held.task.done():
+        held.task.cancel()
+        await asyncio.wait((held.task,))
+    if _is_loaded(held):
+        await held.task.result().engine.close()
+
+
+def _entry(row: ModelRow, owner: str) -> ModelEntry:
+    path = None if row.path is None else Path(row.path)
+    return ModelEntry(row.id, row.created_at, row.owned_by, path, row.target, is_deletable=row.owner == owner)

@@ -1,0 +1,96 @@
+"""What the wire types of all resources share: strictness, lists, metadata, and the table of fields.
+
+A field of a request is honoured, inert (accepted, without effect here; the answer names it in a header), or refused
+by name. Each resource has one table that says so; its routes obey it and the documentation is made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from fledge.serve.errors import refused
+from fledge.store.pages import Cursor, Order
+
+MAX_PAGE = 10_000
+
+
+class Wire(BaseModel):
+    """A value in a request. Unknown fields, other types and numbers that are none are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Answer(BaseModel):
+    """A value in an answer; only the documentation is made from it, for speed nothing is checked."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class Deleted(Answer):
+    id: str
+    object: str
+    deleted: bool
+
+
+class ErrorBody(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    error: ErrorBody
+
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+FieldState = Literal["honoured", "inert", "refused", "extension"]
+
+
+@dataclass(frozen=True)
+class FieldRule:
+    """What becomes of a field. `note` says how or why; `refuses` gives the complaint about values that cannot be
+    honoured, None for the others."""
+
+    name: str
+    state: FieldState
+    note: str
+    refuses: Callable[[Any], str | None] | None = None
+
+
+def obey(rules: Sequence[FieldRule], body: BaseModel) -> dict[str, str]:
+    """Refuse what the table refuses; the header that names the inert fields of this request."""
+    inert = []
+    for rule in rules:
+        value = getattr(body, rule.name, None)
+        if value is None or rule.name not in body.model_fields_set:
+            continue
+        complaint = rule.note if rule.state == "refused" else rule.refuses(value) if rule.refuses else None
+        if complaint is not None:
+            raise refused(f"'{rule.name}' is not supported: {complaint}", rule.name, "unsupported_parameter")
+        if rule.state == "inert":
+            inert.append(rule.name)
+    return {"x-fledge-inert": ", ".join(inert)} if inert else {}
+
+
+def list_answer(items: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """A page as the published lists have it."""
+    ids = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return {"object": "list", "data": items, "first_id": ids[0], "last_id": ids[1], "has_more": has_more}
+
+
+def cursor_of(limit: int, order: Order, after: str | None) -> Cursor:
+    return Cursor(limit, order, after)
+
+
+Limit = Annotated[int, Query(ge=0, le=100)]
+After = Annotated[str | None, Query(max_length=256)]

@@ -1,0 +1,62 @@
+"""The app over the fake engine, behind a real socket: `python fake_server.py FOLDER PORT`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from serve_fakes import FakeEngine, Server, serving
+
+
+def make_server(app: object, port: int) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="off")  # type: ignore[arg-type]
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@contextmanager
+def listening(folder: Path, engine: FakeEngine | None = None) -> Iterator[tuple[Server, str]]:
+    """A server in a thread of its own; gives it and its base URL."""
+    port = free_port()
+    ready: list[tuple[Server, uvicorn.Server]] = []
+
+    async def run() -> None:
+        async with serving(folder, engine=engine) as server:
+            listener = make_server(server.app, port)
+            ready.append((server, listener))
+            await listener.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    while not ready or not ready[0][1].started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    try:
+        yield ready[0][0], f"http://127.0.0.1:{port}/v1"
+    finally:
+        ready[0][1].should_exit = True
+        thread.join()
+
+
+async def main(folder: Path, port: int) -> None:
+    async with serving(folder) as server:
+        print(server.keys["alice"], flush=True)  # noqa: T201
+        await make_server(server.app, port).serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
