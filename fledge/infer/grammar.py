@@ -97,7 +97,8 @@ class _Compiled:
 class GrammarCompiler:
     """Grammars for one tokenizer and a model of `vocab_size` ids (of those, the ones the tokenizer lacks never fit).
 
-    Compiled grammars are kept, the least recently used goes first. `close` ends the guard's process (grammar_guard).
+    Compiled grammars are kept, the least recently used goes first; so are the refusals of those that were tried.
+    `close` ends the guard's process (grammar_guard).
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class GrammarCompiler:
         self._executor = llguidance.LLExecutor()
         self._trial = GuardedTrial(vocabulary, self._limits)
         self._compiled: OrderedDict[Grammar, _Compiled] = OrderedDict()
+        self._refused: OrderedDict[Grammar, str] = OrderedDict()  # so that none costs its time twice
         self._num_words = (tokenizer.vocab_size + 31) // 32
         self._text = self._packed(i for i in every if i not in names and tokens[i])
         self._profiles: dict[tuple[frozenset[int], frozenset[int]], int] = {}
@@ -190,9 +192,7 @@ class GrammarCompiler:
 
     def _compile(self, grammar: Grammar) -> _Compiled:
         if grammar not in self._compiled:
-            spelled = _spell(grammar)
-            if (complaint := self._trial.complaint(spelled)) is not None:
-                raise UserError(f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(complaint)}")
+            spelled = self._tried(grammar)
             prototype = on_a_stack_of(
                 COMPILE_STACK_BYTES, lambda: new_matcher(self._library, spelled, self._limits)
             )
@@ -205,6 +205,17 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
         return self._compiled[grammar]
+
+    def _tried(self, grammar: Grammar) -> str:
+        """The grammar in the library's spelling, if the guard has borne it."""
+        if grammar not in self._refused:
+            spelled = _spell(grammar)
+            if (complaint := self._trial.complaint(spelled)) is None:
+                return spelled
+            self._refused[grammar] = f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(complaint)}"
+            while len(self._refused) > CACHED_GRAMMARS:
+                self._refused.popitem(last=False)
+        raise UserError(self._refused[grammar])
 
     def _profile(self, named: frozenset[int], stops: frozenset[int]) -> int:
         """The row of `_allowed_PW` and `_stops_PW` for these special tokens and these stop tokens."""

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import random
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import llguidance
 import numpy as np
@@ -48,7 +48,7 @@ class GrammarLimits:
     space. `lexer_states` are 1-2 kB each, and a grammar's answers share them.
     """
 
-    compile_seconds: float = 1.0
+    compile_seconds: float = 0.5
     memory_bytes: int = 4 << 30
     lexer_states: int = 20_000
     lexer_fuel_start: int = 1_000_000
@@ -142,16 +142,19 @@ class GuardedTrial:
         try:
             process.stdin.write(json.dumps(trial).encode() + b"\n")
             process.stdin.flush()
-            patience = self._limits.compile_seconds * WALL_PATIENCE
-            answer = (
-                process.stdout.readline() if select.select([process.stdout], [], [], patience)[0] else b""
-            )
+            answer = process.stdout.readline() if self._is_told(process.stdout) else b""
         except BrokenPipeError:
             answer = b""
         if not answer:
             _end(self._processes)
             return f"it is too complex (more than {self._limits.compile_seconds:g} s of work, or too deep)"
         return None if (error := json.loads(answer)) is None else str(error)
+
+    def _is_told(self, pipe: IO[bytes]) -> bool:
+        """Whether there is something to read before patience ends."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            return bool(selector.select(self._limits.compile_seconds * WALL_PATIENCE))
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._processes and self._processes[0].poll() is None:

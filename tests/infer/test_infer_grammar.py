@@ -447,6 +447,10 @@ def test_the_guard_that_dies_is_started_again_and_says_why(bpe: Tokenizer) -> No
     compiler = GrammarCompiler(bpe, limits=GrammarLimits(compile_seconds=0.3))
     with pytest.raises(UserError, match="the grammar cannot be used: it is too complex"):
         compiler.check(HOSTILE["rule chain"])
+    assert not compiler._trial._processes
+    with pytest.raises(UserError, match="the grammar cannot be used: it is too complex"):
+        compiler.check(HOSTILE["rule chain"])
+    assert not compiler._trial._processes  # nobody was asked again
     compiler.check(Grammar("regex", "a"))
     [guard] = compiler._trial._processes
     guard.send_signal(signal.SIGKILL)
