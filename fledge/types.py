@@ -289,7 +289,8 @@ class SamplingParams:
                 raise ValueError(complaint)
 
 
-# "stop": a stop token, a stop string or a finished grammar. "error": the model's prediction was not a number.
+# "stop": a stop token, a stop string or a finished grammar. "error": the model's prediction was not a number,
+# or its grammar met a limit.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
