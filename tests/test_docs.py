@@ -29,15 +29,21 @@ from fledge.evals import bits_per_byte, generation, multiple_choice, reward_accu
 from fledge.models.pocket import Pocket, PocketConfig
 from fledge.models.presets import count_parameters, presets
 from fledge.models.scalar import ScalarModel
+from fledge.objectives.kto import KTO, mismatch
 from fledge.objectives.next_token import NextToken
+from fledge.objectives.preference import Preference, PreferenceIds
 from fledge.objectives.ranking import KWiseRanking, RankedIds
 from fledge.recipes.chats import SHARES
 from fledge.recipes.plan import RingPlan, scale_of
 from fledge.recipes.raise_ import RECIPES, ring_of
 from fledge.recipes.runs import Cost
 from fledge.registry import FAMILIES
-from fledge.rl.actors import Actors
+from fledge.rl.actors import Actors, PolicyPair
+from fledge.rl.ensemble import EnsembleScorer
+from fledge.rl.feedme import FeedME, FeedMEConfig
+from fledge.rl.grpo import GRPO, GRPOConfig
 from fledge.rl.ppo import PPO, PPOConfig, PretrainMix, World
+from fledge.rl.rewards import Part, Records, RewardSum
 from fledge.rl.rollout import RewardModelScorer, naive_sampler
 from fledge.text.report import Fit, fit_metrics
 from fledge.text.subwords import SPECIAL_TOKENS
@@ -404,6 +410,39 @@ def ppo_round() -> set[str]:
     return set(PPO(config, Actors.start(policy, reward_model), world).round().metrics)
 
 
+def group_round() -> set[str]:
+    """With every part of a reward that has figures of its own."""
+    policy = small_pocket()
+    model = RewardModelScorer(small_reward_model(policy))
+    scorer = RewardSum([Part.model("part", EnsembleScorer([model, model]))], Records({}), str, frozenset())
+    config = GRPOConfig(rounds=1, prompts=2, group=4, minibatch=8, warmup_rounds=0, prompt_length=2, response_length=2)
+    return set(GRPO(config, PolicyPair.start(policy), small_world(scorer)).round().metrics)
+
+
+def feedme_round() -> set[str]:
+    policy = small_pocket()
+    world = small_world(RewardModelScorer(small_reward_model(policy)))
+    config = FeedMEConfig(prompts=1, samples=2, steps=1, rows=2, prompt_length=2, response_length=2)
+    return set(FeedME(config, policy, world, [((2, 3), (5, 4))]).round().metrics)
+
+
+def small_world(scorer: Any) -> World:
+    sampler = naive_sampler(pad_id=1, stop_ids=frozenset((4,)), decode=lambda ids: "")
+    return World([[2, 3]], pad_id=1, stop_ids=frozenset((4,)), end_id=4, sampler=sampler, scorer=scorer)
+
+
+def preference_step() -> set[str]:
+    model, objective = small_pocket(), Preference(8, pad_id=1, reference=small_pocket())
+    batch = objective.collate([PreferenceIds((2,), (3,), (4,))])
+    return set(train_step(model, OptimizerSet(model, OptimConfig.adamw(1e-3)), [(objective, batch)]))
+
+
+def kto_step() -> set[str]:
+    model, objective = small_pocket(), KTO(8, pad_id=1, reference=small_pocket())
+    batch = objective.collate(mismatch([((2,), (3,), True), ((5,), (6,), False)], max_length=8))
+    return set(train_step(model, OptimizerSet(model, OptimConfig.adamw(1e-3)), [(objective, batch)]))
+
+
 class _Scorer:
     """Every token has log-probability -1."""
 
@@ -507,7 +546,7 @@ def cost_fields() -> set[str]:
 
 
 MAKERS: tuple[Callable[[], set[str]], ...] = (
-    *(language_step, ranking_step, ppo_round, written_in_recipes),
+    *(language_step, ranking_step, ppo_round, written_in_recipes, group_round, preference_step, kto_step, feedme_round),
     *(language_eval, choice_eval, answer_eval, win_eval, reward_eval, tokenizer_report, cost_fields),
 )
 
