@@ -25,6 +25,7 @@ COMMANDS = (
     ("tokenizer", "tokenizer", "train, show and measure tokenizers"),
     ("import", "import_", "make a published model one of fledge's"),
     ("export", "export", "write a model for transformers, vLLM or llama.cpp"),
+    ("quantize", "quantize", "make a smaller, faster checkpoint of a model"),
     ("models", "models", "the model families and their published sizes"),
     ("serve", "serve", "serve models with OpenAI's API"),
     ("keys", "keys", "who may use the server"),

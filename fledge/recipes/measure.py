@@ -23,7 +23,8 @@ from fledge.data.reading import Example
 from fledge.errors import RunError
 from fledge.evals import bits_per_byte, generation, multiple_choice
 from fledge.evals.scorer import CausalScorer, NGramScorer, Scorer
-from fledge.formats.checkpoint import LoadedModel, load_model
+from fledge.formats.checkpoint import LoadedModel
+from fledge.infer.quantize import load_model
 from fledge.models.ngram import NGram
 from fledge.recipes.answers import Asked, base_answers, chat_answers
 from fledge.recipes.chats import prompts
@@ -117,6 +118,16 @@ def measure(directory: Path, order: MeasureOrder, listener: Listener) -> Measure
             )
             listener.step("eval", 2 + sum(map(len, scores.values())), num_units, {})
     return Measured(loaded, scorer.row_length, language, manners, scores)
+
+
+def language(loaded: LoadedModel, directory: Path, order: MeasureOrder) -> Metrics:
+    """Bits per byte alone, of a model made from the checkpoint in `directory`; empty if there is no held-out text."""
+    run = run_of(directory)
+    if run is None and not order.sources:
+        return {}
+    plan = None if run is None else read_plan(run)
+    material = _material(directory, run, plan, order)
+    return _language(scorer_of(loaded, plan, order.row_length), loaded, material, order)
 
 
 def run_of(directory: Path) -> Path | None:
