@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fledge.errors import RunError, UserError
-from fledge.formats.checkpoint import LoadedModel, load_model
+from fledge.formats.checkpoint import LoadedModel
 from fledge.infer.engine import Engine, EngineConfig
+from fledge.infer.quantize import load_model
 from fledge.recipes.measure import read_plan, run_of
 from fledge.recipes.runs import resolve_model
 from fledge.registry import family
