@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0; `UserError` for a source that cannot be read or a name that is taken."""
     from fledge.recipes.imports import import_model
 
-    found = import_model(args.source, args.name, args.runs)
+    found = import_model(args.source, args.name, args.runs, lambda file: print(f"fetching {file}", file=sys.stderr))
     print(f"{found.directory}: {found.family}, {found.num_parameters / 1e6:.1f}M parameters, {found.hash[:12]}")
     print(f"talk with it: fledge chat {found.name}")
     return 0

@@ -220,7 +220,7 @@ class Typed(NamedTuple):
 
 
 class Outgoing(NamedTuple):
-    """A tensor to be written in the format `kind`; `numbers` makes it when it is its turn. `Blocks` stay as they are."""
+    """A tensor to write in the format `kind`; `numbers` makes it when its turn comes. `Blocks` stay as they are."""
 
     name: str
     shape: tuple[int, ...]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fledge.formats.gguf import read_gguf
 from fledge.formats.gguf_models import read_model
 from fledge.formats.gguf_tensors import Blocks
 from fledge.formats.huggingface import load_huggingface
+from fledge.recipes.hub import Progress, fetch_from_hub
 from fledge.recipes.runs import run_path
 from fledge.text.published import PublishedTokenizer, adopt_published
 from fledge.text.template import TemplateRenderer
@@ -83,9 +84,9 @@ class Imported:
     hash: str
 
 
-def import_model(source: str, name: str | None, runs: Path) -> Imported:
-    """Make the checkpoint `runs/NAME` from `source`. `UserError` if there is no such source, it cannot be read, its
-    tokenizer is another model's, or the name is taken."""
+def import_model(source: str, name: str | None, runs: Path, say: Progress = lambda file: None) -> Imported:
+    """Make the checkpoint `runs/NAME` from `source`. `say` is told what is downloaded. `UserError` if there is no such
+    source, it cannot be read, its tokenizer is another model's, or the name is taken."""
     kind, _, rest = source.partition(":")
     name = name or _name_for(source)
     directory = run_path(name, runs)
@@ -93,6 +94,9 @@ def import_model(source: str, name: str | None, runs: Path) -> Imported:
         raise RunError(f"{directory} exists already; give another name with --name, or remove it")
     if kind == "package":
         published = _from_package(rest)
+    elif kind == "hub":
+        found = _from_path(fetch_from_hub(rest, cache_home(), say))
+        published = replace(found, notes={"source": source})
     else:
         published = _from_path(Path(source))
     return _save(published, name, directory)
@@ -102,9 +106,8 @@ def _name_for(source: str) -> str:
     kind, _, rest = source.partition(":")
     if kind == "package" and rest in PACKAGED:
         return PACKAGED[rest].name
-    stem = Path(rest or source).name
-    name = re.sub(r"[^a-z0-9._-]+", "-", stem.removesuffix(".gguf").lower()).strip("-._")
-    return name[:64]
+    stem = Path((rest.partition("@")[0] if kind == "hub" else source).rstrip("/")).name
+    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower().removesuffix(".gguf")).strip("-._")[:64]
 
 
 def _from_package(name: str) -> Published:
