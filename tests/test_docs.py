@@ -12,6 +12,8 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +25,10 @@ import torch
 from fledge import cli
 from fledge.config import override
 from fledge.data.catalogue import SOURCES
+from fledge.data.interchange import FORMATS
 from fledge.data.multiple_choice import BENCHMARKS
 from fledge.errors import UserError
-from fledge.evals import bits_per_byte, generation, multiple_choice, reward_accuracy, win_rate
+from fledge.evals import agreement, bits_per_byte, generation, multiple_choice, reward_accuracy, win_rate
 from fledge.models.pocket import Pocket, PocketConfig
 from fledge.models.presets import count_parameters, presets
 from fledge.models.scalar import ScalarModel
@@ -45,6 +48,10 @@ from fledge.rl.grpo import GRPO, GRPOConfig
 from fledge.rl.ppo import PPO, PPOConfig, PretrainMix, World
 from fledge.rl.rewards import Part, Records, RewardSum
 from fledge.rl.rollout import RewardModelScorer, naive_sampler
+from fledge.synth.constitutional import Candidates, LabelConfig, label
+from fledge.synth.generating import Ask
+from fledge.synth.rules import Answered, RuleConfig, judge
+from fledge.text import constitution
 from fledge.text.report import Fit, fit_metrics
 from fledge.text.subwords import SPECIAL_TOKENS
 from fledge.train.loop import TrainState, fit, train_step
@@ -129,6 +136,22 @@ def test_corpus_page_has_every_source_of_the_catalogue() -> None:
 def test_evaluation_page_has_every_benchmark() -> None:
     rows = [(b.name, f"{b.num_questions:,}", b.num_choices, f"{b.chance:.1%}".replace("%", " %")) for b in BENCHMARKS]
     assert_rows("evaluation.md", ("benchmark", "questions", "choices", "chance"), rows)
+
+
+def test_data_formats_page_has_every_format_in_the_order_of_recognition() -> None:
+    rows = [(f.name, f.what, f"fledge/data/{f.module}.py") for f in FORMATS]
+    assert_rows("data-formats.md", ("format", "what"), rows)
+
+
+@pytest.mark.parametrize("page", ["data-formats.md", "self-instruct.md", "constitution.md"])
+def test_examples_on_the_pages_of_made_and_labelled_data_run(page: str, tmp_path: Path) -> None:
+    programs = re.findall(r"```python\n(.*?)```", TEXTS[DOCS / page], re.DOTALL)
+    assert programs
+    for program in programs:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_tokenizer_page_has_every_special_token_with_its_id() -> None:
@@ -545,7 +568,31 @@ def cost_fields() -> set[str]:
     return {field.name for field in dataclasses.fields(Cost)}
 
 
+def agreement_eval() -> set[str]:
+    judged = [{"ann": 1.0, "bo": 1.0, "judge": 0.0}, {"ann": 0.0, "bo": 1.0, "judge": 0.0}]
+    return set(agreement.evaluate(judged, is_ai=lambda name: name == "judge", seed=0, num_resamples=10))
+
+
+class _EvenJudge:
+    """Finds everything equally likely."""
+
+    def generate(self, asks: Sequence[Ask]) -> list[Completion]:
+        return [Completion("", (), (), "stop") for _ in asks]
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[Sequence[str]]) -> list[list[float]]:
+        return [[0.0 for _ in several] for several in continuations]
+
+
+def made_labels() -> set[str]:
+    prompt, origin = Conversation.of(("user", "Hello")), Provenance("here", "0", "MIT")
+    candidates = [Candidates(prompt, ("Hi", "Go"), origin)]
+    labelled = label(_EvenJudge(), candidates, constitution.load(), LabelConfig("even"))
+    judged = judge(_EvenJudge(), [Answered(prompt, "Hi", origin)], constitution.load(), RuleConfig("even"))
+    return set(labelled.metrics) | set(judged.metrics)
+
+
 MAKERS: tuple[Callable[[], set[str]], ...] = (
+    *(agreement_eval, made_labels),
     *(language_step, ranking_step, ppo_round, written_in_recipes, group_round, preference_step, kto_step, feedme_round),
     *(language_eval, choice_eval, answer_eval, win_eval, reward_eval, tokenizer_report, cost_fields),
 )
