@@ -32,6 +32,7 @@ from fledge.infer.runner import Runner, count_blocks, probe_sites
 from fledge.infer.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from fledge.infer.sequence import Live, Span
 from fledge.infer.shaping import check_ids
+from fledge.infer.speculate import DraftModel, NgramProposer, Speculator
 from fledge.infer.stepping import Stepper, Written
 from fledge.layers.lora import Adapter, plain_state
 from fledge.text.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class EngineConfig:
 
     At most `max_live` answers are written at once, and a step runs at most `max_step_tokens` positions. `compile` runs
     steps of few answers as compiled code (decoding.py); None leaves it off, because it makes the first answers wait.
+    Up to `num_draft` tokens are guessed ahead and checked at once (speculate.py); the answers stay the same.
     """
 
     cache_bytes: int = 1 << 30
@@ -52,10 +54,13 @@ class EngineConfig:
     max_live: int = 64
     max_step_tokens: int = 512
     compile: bool | None = None
+    num_draft: int = 0
 
     def __post_init__(self) -> None:
         if min(self.cache_bytes, self.block_size) < 1:
             raise ConfigError(f"cache_bytes and block_size must be at least 1, got {self}")
+        if self.num_draft < 0:
+            raise ConfigError(f"num_draft must be 0 or more, got {self.num_draft}")
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,18 @@ class Engine:
     """Not thread-safe: one owner calls everything, `step` as long as there `has_work`.
 
     The model stays the caller's: it is run in evaluation mode and handed back in the mode it had. A caller that
-    changes its weights must say so by `update_weights`, be it with an empty mapping.
+    changes its weights must say so by `update_weights`, be it with an empty mapping. A `draft_model` of the same
+    vocabulary guesses ahead where `num_draft` asks for it, with as many blocks of cache of its own; without one the
+    text itself is looked through.
     """
 
-    def __init__(self, model: CausalModel, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        draft_model: CausalModel | None = None,
+    ) -> None:
         self.config = config or EngineConfig()
         self._model, self._tokenizer = model, tokenizer
         self._device = device_of(model)
@@ -92,6 +105,7 @@ class Engine:
         pages = Pages(sites, num_blocks, size, self._device)
         self._runner = Runner(model, pages, self._compile(pages))
         self._stepper = Stepper(model, tokenizer, self._runner, self._adapters)
+        self._speculator = self._speculate(draft_model)
         self._jobs: dict[str, Job] = {}
         self._written: dict[int, Written] = {}  # by live.id
         self._outbox: list[TokenEvent] = []
@@ -131,10 +145,12 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Run the model once over whatever is due, and tell what came of it. Without work: no events."""
         events, self._outbox = self._outbox, []
+        began = time.perf_counter()
+        if self._speculator is not None:
+            self._speculator.propose(of.answer for of in self._written.values())
         plan = self._scheduler.plan()
         if plan is None:
             return events
-        began = time.perf_counter()
         with self._evaluating():
             choices = self._stepper.run(plan, self._written)
         drawn = {span.live.id: self._accept(span, own, events) for span, own in choices}
@@ -243,6 +259,22 @@ class Engine:
         with evaluating(self._model):
             return CompiledDecoder(self._model, pages)
 
+    def _speculate(self, draft_model: CausalModel | None) -> Speculator | None:
+        num_draft, blocks = self.config.num_draft, self._scheduler.blocks
+        if num_draft == 0:
+            if draft_model is not None:
+                raise ConfigError("a draft model guesses nothing with num_draft 0; set it to 1 or more")
+            return None
+        if draft_model is None:
+            return Speculator(NgramProposer(), num_draft)
+        if draft_model.vocab_size != self._model.vocab_size:
+            raise UserError(
+                f"the draft model has {draft_model.vocab_size} tokens, the model {self._model.vocab_size}; they must "
+                "share a tokenizer"
+            )
+        proposer = DraftModel(draft_model, self._stepper.banned, blocks.num_blocks, blocks.block_size)
+        return Speculator(proposer, num_draft)
+
     def _accept(self, span: Span, choices: Sequence[Choice], events: list[TokenEvent]) -> list[int]:
         """The tokens that the answer goes on with: as many as follow the draft, and one more.
 
@@ -257,12 +289,16 @@ class Engine:
             is_as_drafted = place < span.num_draft and choice.token == span.live.draft[place]
             if answer.finish_reason is not None or not is_as_drafted:
                 break
+        if self._speculator is not None and span.num_draft:
+            self._speculator.observe(span.live, span.num_draft, len(tokens) - 1)
         return tokens
 
     def _drop(self, answer: Answer) -> None:
         """The answer has ended: its blocks are free."""
         self._scheduler.finish(answer.live.id)
         self._runner.forget(answer.live)
+        if self._speculator is not None:
+            self._speculator.forget(answer.live)
         job = self._written.pop(answer.live.id).job
         if job.is_finished:
             self._jobs.pop(job.request.id, None)

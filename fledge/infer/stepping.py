@@ -44,7 +44,7 @@ class Stepper:
         self._model, self._tokenizer, self._runner, self._adapters = model, tokenizer, runner, adapters
         # Padding, and ids that the model has but no token, are never drawn.
         unused = range(tokenizer.vocab_size, model.vocab_size)
-        self._banned = torch.tensor([tokenizer.pad_id, *unused], device=device_of(model))
+        self.banned = torch.tensor([tokenizer.pad_id, *unused], device=device_of(model))
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -63,7 +63,7 @@ class Stepper:
             return []
         masks = self._masks(drawing)
         rows = [row for span, of in drawing for row in _rows(span, of.answer, masks.get(span.live.id))]
-        choices = choose(logits_WV, rows, self._banned)
+        choices = choose(logits_WV, rows, self.banned)
         ends = accumulate(1 + span.num_draft for span, _ in drawing)
         return [
             (span, choices[end - 1 - span.num_draft : end])

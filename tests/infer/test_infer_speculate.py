@@ -1,0 +1,184 @@
+"""Speculative decoding: the same answers as without, greedy or sampled, and guesses that are worth something."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from test_infer_engine import (
+    GREEDY,
+    PREFIX,
+    PROMPTS,
+    Words,
+    asking,
+    assert_all_free,
+    drain,
+    engine_of,
+    random_request,
+)
+from test_infer_naive import VOCAB, build, run
+
+from fledge.errors import ConfigError, UserError
+from fledge.infer.causal import CausalModel
+from fledge.infer.engine import Engine, EngineConfig
+from fledge.infer.naive import generate, generate_uncached
+from fledge.infer.sequence import Live
+from fledge.infer.speculate import NgramProposer, Speculator, Wish
+from fledge.types import Request, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalModel:
+    return build("llama-grouped").eval()
+
+
+def near(name: str, noise: float) -> CausalModel:
+    """A model that mostly agrees with `build(name)`."""
+    model = build(name).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
+    return model
+
+
+def drafting(model: CausalModel, draft_model: CausalModel | None, num_draft: int = 3, **options) -> Engine:
+    config = EngineConfig(**{"num_blocks": 60, "block_size": 4, "num_draft": num_draft, **options})
+    return Engine(model, Words(), config, draft_model)
+
+
+def draft_of(name: str) -> CausalModel | None:
+    return {
+        "n-grams": None,
+        "itself": build("llama-grouped").eval(),
+        "near": near("llama-grouped", 0.02),
+    }.get(name, build("gpt").eval())
+
+
+# The stranger reads fewer positions than the longest answers need.
+@pytest.mark.parametrize("who", ["n-grams", "itself", "near", "stranger"])
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "max_step_tokens": 9, "max_live": 4}])
+def test_answers_are_the_same_with_speculation(model: CausalModel, who: str, options: dict[str, int]) -> None:
+    long = replace(GREEDY, max_tokens=24)
+    prompts = [*PROMPTS, PREFIX[:4] * 4]
+    truth = run(generate_uncached, model, prompts, long)
+    engine = drafting(model, draft_of(who), **options)
+    for _ in range(2):
+        assert [own.ids for [own] in engine.generate(asking(prompts, long))] == [c.ids for c in truth]
+    for params in (
+        SamplingParams(max_tokens=20, seed=7, temperature=0.6),
+        SamplingParams(
+            max_tokens=20, seed=70, top_p=0.8, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=6
+        ),
+    ):
+        slow = run(generate, model, prompts, params)
+        assert [own.ids for [own] in engine.generate(asking(prompts, params))] == [c.ids for c in slow]
+    assert_all_free(engine)
+    stats = engine.stats()
+    assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
+    if who == "itself":
+        assert stats.num_accepted_tokens > 0.8 * stats.num_draft_tokens
+
+
+def test_a_model_that_drafts_for_itself_takes_a_fraction_of_the_steps(model: CausalModel) -> None:
+    params = SamplingParams(max_tokens=20, seed=7)
+    steps = []
+    for engine in (engine_of(model), drafting(model, draft_of("itself"))):
+        engine.generate([replace(request, stop_ids=frozenset()) for request in asking([PREFIX], params)])
+        steps.append(engine.stats().num_steps)
+    assert steps == [20, 6]  # the prompt's step draws one; then 4, 4, 4, 4 and the 3 that are left
+
+
+def test_drafting_frees_everything_under_random_cancellations(model: CausalModel) -> None:
+    import random
+
+    rng = random.Random(0)
+    engine = drafting(model, near("llama-grouped", 0.02), num_blocks=25, max_live=8, max_step_tokens=32)
+    for number in range(120):
+        engine.submit(random_request(rng, number))
+        engine.step()
+        if rng.random() < 0.3:
+            engine.cancel(str(rng.randrange(number + 1)))
+    drain(engine)
+    assert_all_free(engine)
+    proposer = engine._speculator._proposer
+    assert not proposer._shadows
+    assert proposer._blocks.num_free == proposer._blocks.num_blocks
+
+
+def test_sampled_tokens_follow_the_models_distribution(model: CausalModel) -> None:
+    """Chi-square over the second token of 1500 answers, which is mostly drawn after a guess."""
+    num_seeds, params = 1500, SamplingParams(max_tokens=3, temperature=1.0, top_k=6)
+    draft_model = near("llama-grouped", 0.01)
+    engine = drafting(model, draft_model, num_draft=2, num_blocks=600, max_live=64)
+    requests = [Request(str(seed), tuple(PREFIX), replace(params, seed=seed)) for seed in range(num_seeds)]
+    answers = [own.ids for [own] in engine.generate(requests)]
+    stats = engine.stats()
+    assert 0.2 < stats.num_accepted_tokens / stats.num_draft_tokens < 0.95  # both ways are taken often
+    [first, _] = Counter(ids[0] for ids in answers).most_common(1)[0]
+    seconds = Counter(ids[1] for ids in answers if ids[0] == first)
+    total = seconds.total()
+    with torch.no_grad():
+        logprobs_V = model.next_logprobs(torch.tensor([[*PREFIX, first]]))[0, -1]
+    logprobs_V[1] = -math.inf
+    kept = logprobs_V.topk(6)
+    probs = dict(zip(kept.indices.tolist(), kept.values.softmax(-1).tolist(), strict=True))
+    assert set(seconds) <= set(probs)
+    chi_square = sum((seconds[token] - total * p) ** 2 / (total * p) for token, p in probs.items())
+    assert total > 300
+    assert chi_square < 20.5  # 5 degrees of freedom: exceeded once in 1000
+
+
+def wish_of(tokens: list[int], limit: int) -> Wish:
+    return Wish(Live(0, tokens, 1, 99), None, limit)
+
+
+def test_n_grams_continue_as_the_text_did_before() -> None:
+    proposer = NgramProposer()
+    live = Live(0, [1, 2, 3, 4, 5, 9, 1, 2, 3], 9, 99)
+    assert proposer.propose([Wish(live, None, 3)]) == [[4, 5, 9]]
+    live.tokens += [4, 7, 2, 3]
+    assert proposer.propose([Wish(live, None, 3)]) == [[4, 7, 2]]  # the latest time, not the first
+    live.tokens += [8, 8]
+    assert proposer.propose([Wish(live, None, 3)]) == [[]]
+    proposer.forget(live)
+    assert proposer.propose([wish_of([5], 3), wish_of([5, 5, 5], 2)]) == [[], [5]]
+
+
+def test_the_longest_ending_that_was_seen_decides() -> None:
+    assert NgramProposer().propose([wish_of([7, 1, 2, 50, 9, 1, 2, 60, 7, 1, 2], 1)]) == [[50]]
+
+
+def test_a_sequence_whose_guesses_fail_gets_fewer() -> None:
+    class Fixed:
+        def propose(self, wishes):
+            return [[1] * wish.limit for wish in wishes]
+
+        def forget(self, live): ...
+
+    class Said:
+        live = Live(0, [1, 2], 1, 99, num_computed=1, blocks=[0])
+
+    speculator = Speculator(Fixed(), 8)
+    sizes = []
+    for num_accepted in (8, 0, 1, 2, 1, 2, 8):
+        speculator.propose([Said()])
+        num_draft = len(Said.live.draft)
+        sizes.append(num_draft)
+        speculator.observe(Said.live, num_draft, min(num_accepted, num_draft))
+    assert sizes == [8, 8, 1, 2, 4, 2, 4]
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(model: CausalModel) -> None:
+    class Other:
+        vocab_size = VOCAB + 1
+
+    with pytest.raises(UserError, match="share a tokenizer"):
+        drafting(model, Other())
+    with pytest.raises(ConfigError, match="num_draft 0"):
+        drafting(model, model, num_draft=0)
+    with pytest.raises(ConfigError, match="0 or more"):
+        drafting(model, None, num_draft=-1)
