@@ -13,7 +13,18 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 
 import fledge
-from fledge.serve import chat, errors, health, models
+from fledge.serve import (
+    chat,
+    completions,
+    embeddings,
+    errors,
+    files,
+    health,
+    jobs_api,
+    models,
+    stored,
+    tokens,
+)
 from fledge.serve.auth import Keys, authenticate
 from fledge.serve.guard import Guard
 from fledge.serve.hub import Hub, Loader, ModelEntry
@@ -28,7 +39,8 @@ from fledge.store.database import Database
 log = logging.getLogger(__name__)
 
 # Of two paths that fit, the one that comes first wins; so what is named comes before what is a parameter.
-ROUTERS = (chat.router, models.router, health.router)
+_RESOURCES = (chat, stored, completions, embeddings, models, files, tokens, jobs_api, health)
+ROUTERS = tuple(resource.router for resource in _RESOURCES)
 
 
 def make_state(

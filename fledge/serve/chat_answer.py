@@ -25,6 +25,10 @@ _PADDING = "".join(random.Random(0).choices(string.ascii_letters + string.digits
 
 
 def token_text(model: ServedModel, token_id: int) -> tuple[str, list[int]]:
+    """A token as text, perhaps with U+FFFD, and its bytes; a special one goes by its name."""
+    if token_id in model.tokenizer.special_ids:
+        name = model.tokenizer.pieces([token_id])[0]
+        return name, list(name.encode())
     data = model.tokenizer.token_bytes(token_id)
     return data.decode(errors="replace"), list(data)
 

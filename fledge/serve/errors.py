@@ -66,6 +66,8 @@ def not_found(what: str, name: str) -> ApiError:
 
 def api_error(error: BaseException) -> ApiError:
     """What to tell a client of an error that happened while its request was answered."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownCursor):

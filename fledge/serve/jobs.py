@@ -21,6 +21,7 @@ from fledge.serve.errors import ApiError, api_error
 from fledge.store import jobs as stored
 from fledge.store.database import Database
 from fledge.store.pages import new_id, now
+from fledge.store.tables import JobRow
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,34 @@ class Jobs:
         job = self._jobs.get(job_id)
         return job if job is not None and job.owner == owner else None
 
+    async def rejoin(self, owner: str, job_id: str) -> Job | None:
+        """The owner's job, with one more reader: as it runs here, or as its log in the database tells it."""
+        job = self.find(owner, job_id)
+        if job is None:
+            row = await stored.find_job(self._database, owner, job_id)
+            if row is None:
+                return None
+            job = Job(job_id, owner, row.kind, is_kept=False)
+            job.task = asyncio.create_task(self._mirror(job))
+        job.num_readers += 1
+        return job
+
+    async def cancel(self, owner: str, job_id: str) -> bool:
+        """End a job wherever it runs; false if it does not."""
+        job = self.find(owner, job_id)
+        if job is not None:
+            is_running = not job.is_done
+            job.cancel()
+            return is_running
+        return await stored.want_cancelled(self._database, owner, job_id)
+
+    async def forget(self, owner: str, job_id: str) -> None:
+        """End a job and drop its log."""
+        await self.cancel(owner, job_id)
+        if self.find(owner, job_id) is not None:
+            del self._jobs[job_id]
+        await stored.delete_job(self._database, owner, job_id)
+
     async def close(self, seconds: float) -> None:
         """Take no more jobs, give those that run this long, cancel the rest, and write down what is kept."""
         self._is_closing = True
@@ -158,6 +187,24 @@ class Jobs:
             with suppress(asyncio.CancelledError):
                 await self._keeper
         await self._flush_all()
+
+    async def _mirror(self, job: Job) -> None:
+        """Fill a job with what another process, or this one before it was restarted, has written of it."""
+        while True:
+            found = await stored.read_events(self._database, job.owner, job.id, len(job.events))
+            if found is None:
+                job.error = ApiError(404, "The job was deleted", code="not_found")
+                job.status = stored.FAILED
+            else:
+                row, events = found
+                job.events += [event.encode() for event in events]
+                if not events and row.status != stored.RUNNING:
+                    job.status, job.error = row.status, _told_error(row)
+            job.wake()
+            if job.is_done:
+                return
+            if found is None or not found[1]:
+                await asyncio.sleep(FLUSH_SECONDS)
 
     async def _run(self, job: Job, run: Run) -> None:
         try:
@@ -202,7 +249,16 @@ class Jobs:
         is_stale = time.monotonic() % (stored.DEAD_SECONDS / 4) < FLUSH_SECONDS  # a quiet job is alive too
         if job.is_filed or not (events or job.is_done or is_stale):
             return
-        if await stored.add_events(self._database, job.id, first, events, status):
+        error = None if job.error is None else job.error.body["error"]
+        if await stored.add_events(self._database, job.id, first, events, status, error):
             job.cancel()
         job.num_flushed = first + len(events)
         job.is_filed = status != stored.RUNNING
+
+
+def _told_error(row: JobRow) -> ApiError | None:
+    """What a job that has ended failed with; one whose server died could not say."""
+    if row.status == stored.DONE:
+        return None
+    told = row.error or {"message": "The server that ran this job has ended", "code": "server_ended"}
+    return ApiError(500, str(told.get("message")), code=told.get("code"), kind=told.get("type"))

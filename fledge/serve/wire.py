@@ -14,9 +14,7 @@ from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fledge.serve.errors import refused
-from fledge.store.pages import Cursor, Order
-
-MAX_PAGE = 10_000
+from fledge.store.pages import Cursor, UnknownCursor
 
 
 class Wire(BaseModel):
@@ -88,8 +86,15 @@ def list_answer(items: Sequence[dict[str, Any]], has_more: bool) -> dict[str, An
     return {"object": "list", "data": items, "first_id": ids[0], "last_id": ids[1], "has_more": has_more}
 
 
-def cursor_of(limit: int, order: Order, after: str | None) -> Cursor:
-    return Cursor(limit, order, after)
+def page_of(items: Sequence[dict[str, Any]], cursor: Cursor) -> tuple[list[dict[str, Any]], bool]:
+    """A page of a list that is held in memory, and whether more follow; items have ids."""
+    ordered = list(items) if cursor.order == "asc" else list(items)[::-1]
+    if cursor.after is not None:
+        ids = [item["id"] for item in ordered]
+        if cursor.after not in ids:
+            raise UnknownCursor(f"no entry '{cursor.after[:100]}' in this list to go on from")
+        ordered = ordered[ids.index(cursor.after) + 1 :]
+    return ordered[: cursor.limit], len(ordered) > cursor.limit
 
 
 Limit = Annotated[int, Query(ge=0, le=100)]

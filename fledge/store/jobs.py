@@ -7,6 +7,7 @@ for `DEAD_SECONDS` was run by a server that died, and is failed by whoever finds
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -35,12 +36,21 @@ async def _find(session: AsyncSession, owner: str, job_id: str) -> JobRow | None
     return await session.scalar(select(JobRow).where(JobRow.owner == owner, JobRow.id == job_id))
 
 
-async def add_events(database: Database, job_id: str, first: int, events: Sequence[str], status: str) -> bool:
+async def add_events(
+    database: Database,
+    job_id: str,
+    first: int,
+    events: Sequence[str],
+    status: str,
+    error: dict[str, Any] | None = None,
+) -> bool:
     """Write events `first`, `first` + 1, ... and the status; true if somebody wants the job cancelled."""
     touched = (
         update(JobRow)
         .where(JobRow.id == job_id)
-        .values(status=status, touched_at=now(), finished_at=None if status == RUNNING else now())
+        .values(
+            status=status, touched_at=now(), finished_at=None if status == RUNNING else now(), error=error
+        )
         .returning(JobRow.is_cancel_wanted)
     )
     async with database.writing() as session:
@@ -97,3 +107,8 @@ async def sweep_jobs(database: Database, older_than: int) -> None:
     """Delete what ended before this time; its events go with it."""
     async with database.writing() as session:
         await session.execute(delete(JobRow).where(JobRow.finished_at < older_than))
+
+
+async def delete_job(database: Database, owner: str, job_id: str) -> None:
+    async with database.writing() as session:
+        await session.execute(delete(JobRow).where(JobRow.owner == owner, JobRow.id == job_id))

@@ -177,6 +177,7 @@ class JobRow(Listed, Base):
     touched_at: Mapped[int]
     finished_at: Mapped[int | None]
     is_cancel_wanted: Mapped[bool]
+    error: Mapped[Json | None]
 
 
 class JobEventRow(Base):

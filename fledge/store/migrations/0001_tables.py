@@ -101,6 +101,7 @@ def _jobs() -> None:
         sa.Column("touched_at", sa.BigInteger(), nullable=False),
         sa.Column("finished_at", sa.BigInteger(), nullable=True),
         sa.Column("is_cancel_wanted", sa.Boolean(), nullable=False),
+        sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
         sa.Column(
             "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
         ),

@@ -1,0 +1,96 @@
+"""The engine's events become a choice of /v1/completions: texts with, if asked for, log-probabilities beside them.
+
+Source: openapi 2.3.0, `CreateCompletionResponse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fledge.serve.chat_answer import finite, token_text
+from fledge.serve.engine import ServedModel
+from fledge.types import TokenEvent, TokenLogprobs
+
+
+@dataclass
+class _Told:
+    """The four lists, one entry a token. The first token of a text follows on nothing and has no log-probability."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        lists = {"tokens": self.tokens, "token_logprobs": self.token_logprobs}
+        return {**lists, "top_logprobs": self.top_logprobs, "text_offset": self.text_offset}
+
+    def extend(self, other: _Told) -> None:
+        self.tokens += other.tokens
+        self.token_logprobs += other.token_logprobs
+        self.top_logprobs += other.top_logprobs
+        self.text_offset += other.text_offset
+
+
+@dataclass
+class TextChoice:
+    """One answer, as far as it has come. `num_top` alternatives are told of each token; None tells nothing."""
+
+    index: int
+    model: ServedModel
+    num_top: int | None
+    text: str = ""
+    finish_reason: str | None = None
+    has_begun: bool = False
+    _told: _Told = field(default_factory=_Told)
+
+    def begin(self, echo: str, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        """The prompt, where it is to be shown. `told` has one entry less than `ids`; what only frames a text (its
+        beginning, for one) is left out."""
+        self.has_begun = True
+        if not echo and not told:
+            return None
+        new, offset = _Told(), 0
+        for place, token_id in enumerate(ids if told else ()):
+            text, _ = token_text(self.model, token_id)
+            if token_id not in self.model.tokenizer.special_ids:
+                own = told[place - 1] if place > 0 else None
+                self._tell(new, text, offset, own)
+                offset += len(text)
+        return self._piece(echo, new)
+
+    def take(self, event: TokenEvent) -> dict[str, Any] | None:
+        """What the event adds; None if that is nothing."""
+        new = _Told()
+        if event.id >= 0 and event.id not in self.model.renderer.stop_ids and event.model is not None:
+            text, _ = token_text(self.model, event.id)
+            self._tell(new, text, len(self.text), event.model)
+        if event.finish_reason is not None:
+            self.finish_reason = "stop" if event.finish_reason == "cancelled" else event.finish_reason
+        if not event.text and not new.tokens and self.finish_reason is None:
+            return None
+        return self._piece(event.text, new)
+
+    def end(self, reason: str) -> dict[str, Any]:
+        self.finish_reason = reason
+        return self._piece("", _Told())
+
+    @property
+    def body(self) -> dict[str, Any]:
+        told = None if self.num_top is None else self._told.to_json()
+        return {"index": self.index, "text": self.text, "logprobs": told, "finish_reason": self.finish_reason}
+
+    def _tell(self, told: _Told, text: str, offset: int, own: TokenLogprobs | None) -> None:
+        told.tokens.append(text)
+        told.text_offset.append(offset)
+        told.token_logprobs.append(None if own is None else finite(own.logprob))
+        top = None if own is None else {token_text(self.model, i)[0]: finite(p) for i, p in own.top}
+        told.top_logprobs.append(top)
+
+    def _piece(self, text: str, new: _Told) -> dict[str, Any]:
+        self.text += text
+        self._told.extend(new)
+        told = None if self.num_top is None else new.to_json()
+        return {"text": text, "logprobs": told, "finish_reason": self.finish_reason}
