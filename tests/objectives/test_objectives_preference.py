@@ -78,6 +78,7 @@ def test_label_smoothing_is_the_expected_loss_under_flipped_labels():
     gap, smoothing = torch.tensor(1.7), 0.2
     right, wrong = (preference_loss(gap, torch.tensor(label), 0.1) for label in (1.0, 0.0))
     target = smoothed(torch.tensor(1.0), smoothing)
+    assert smoothed(torch.tensor([0.0, 0.3, 0.5]), smoothing).tolist() == pytest.approx([0.2, 0.38, 0.5])
     assert preference_loss(gap, target, 0.1).item() == pytest.approx(float(0.8 * right + 0.2 * wrong), abs=1e-6)
     batch = OBJECTIVE.collate([pair()])
     plain, soft = (
@@ -154,6 +155,9 @@ def test_every_completion_passes_through_the_model_once_however_many_pairs_it_is
     objective = replace(OBJECTIVE, region=counted)
     together = objective.loss(policy, replace(batch, reference_N=torch.zeros(3))).terms["preference"]
     assert seen == [3]
+    unweighed = objective.collate([replace(one, weight=1.0) for one in pairs])
+    whole = objective.loss(policy, replace(unweighed, reference_N=torch.zeros(3))).terms["preference"]
+    assert float(together.sum.detach()) == pytest.approx(float(whole.sum.detach()) / 3, abs=1e-5)
     each = [replace(OBJECTIVE.collate([one]), reference_N=torch.zeros(2)) for one in pairs]
     alone = [objective.loss(policy, one).terms["preference"].sum.detach() for one in each]
     assert float(together.sum.detach()) == pytest.approx(float(sum(alone)), abs=1e-5)

@@ -28,7 +28,7 @@ def test_c52_c53_known_answers(baseline, scale, expected):
 @pytest.mark.parametrize("scale", ["std", "population_std", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_c52_group_without_spread_has_advantage_zero_exactly(baseline, scale):
-    scores = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.7])  # a mean of tenths is not a tenth in floating point
+    scores = torch.tensor([0.9, 0.9, 0.9, 0.1, 0.1, 0.7])  # in float32 the mean of three 0.9 is not 0.9
     found = group_advantages(scores, 3, baseline=baseline, scale=scale)
     assert found[:3].tolist() == [0.0, 0.0, 0.0]
     assert (found[3:] != 0).all()

@@ -16,6 +16,7 @@ from fledge.objectives.clipped_policy import action_logprobs
 from fledge.rl import grpo as grpo_module
 from fledge.rl.actors import PolicyPair
 from fledge.rl.grpo import GRPO, GRPOConfig
+from fledge.rl.groups import group_advantages
 from fledge.rl.kl import KLConfig
 from fledge.rl.reward import RewardConfig
 from fledge.rl.rollout import Regions
@@ -120,6 +121,9 @@ def test_c54_episodes_without_a_reward_are_left_out_and_counted_and_never_paid_z
     assert (rollout.action_mask_BT[::5] == 0).all()
     assert (rollout.weights_BT[::5] == 0).all()
     assert rollout.counts["policy"] == 12
+    plain = grpo(SMALL, toy.world(flaky)).round().rollout
+    expected = group_advantages(plain.scores_B, 4, baseline="mean", scale="std")
+    assert torch.allclose(plain.advantages_BT, expected[:, None] * plain.action_mask_BT, atol=1e-5)
     assert all(math.isfinite(figure) for figure in result.metrics.values())
     assert result.metrics["score_mean"] == pytest.approx(float(rollout.scores_B.nanmean()))
 

@@ -245,6 +245,24 @@ def test_c49_score_that_is_no_number_aborts_and_leaves_the_batch_on_disk(tmp_pat
     assert (tmp_path / "halted-0-rollout.safetensors").exists()
 
 
+def test_c54_episodes_without_a_reward_are_left_out_and_counted_and_never_paid_zero():
+    def flaky(episodes):
+        scores = toy.share_of_a(episodes)
+        scores[::4] = float("nan")
+        return scores
+
+    result = toy.ppo(SMALL, toy.world(flaky)).round()
+    rollout, metrics = result.rollout, result.metrics
+    assert metrics["failed_rewards"] == 0.25
+    assert rollout.scores_B.isnan().sum() == 4
+    for name in ("action_mask_BT", "rewards_BT", "advantages_BT", "returns_BT"):
+        assert (getattr(rollout, name)[::4] == 0).all()
+    assert metrics["score_mean"] == pytest.approx(float(rollout.scores_B.nanmean()))
+    lengths = rollout.action_mask_BT.sum(1)
+    assert metrics["response_length"] == pytest.approx(float(lengths[lengths > 0].mean()))
+    assert all(math.isfinite(figure) for figure in metrics.values())
+
+
 def test_c49_loss_that_is_no_number_aborts_with_the_weights_untouched(tmp_path):
     poisoned = replace(toy.pretrain_mix(), objective=Weighted(toy.OBJECTIVE, float("nan")))
     ppo = toy.ppo(replace(SMALL, pretrain_weight=1.0), toy.world(pretrain=poisoned, dump_folder=tmp_path))
