@@ -99,7 +99,7 @@ class PagedContext:
     def __init__(self, pages: Pages, layout: Layout, tokens_1T: Tensor) -> None:
         self.positions_BT = layout.positions_T[None]
         self._pages, self._layout = pages, layout
-        pages.tokens[layout.slots_T] = tokens_1T[0]
+        pages.tokens.index_copy_(0, layout.slots_T, tokens_1T[0])
 
     def attend(
         self,
@@ -115,8 +115,8 @@ class PagedContext:
         """See `layers.attention.Context`; B is 1. A `bias` is (1, H, T, S), each of them perhaps 1: entry (t, s) is for
         token t of the step and position s of its own sequence, and S is the longest sequence of the step."""
         layout, keys, values = self._layout, self._pages.keys[site], self._pages.values[site]
-        keys.view(-1, *keys.shape[2:])[layout.slots_T] = k_BTGK[0]
-        values.view(-1, *values.shape[2:])[layout.slots_T] = v_BTGK[0]
+        keys.flatten(0, 1).index_copy_(0, layout.slots_T, k_BTGK[0])
+        values.flatten(0, 1).index_copy_(0, layout.slots_T, v_BTGK[0])
         scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
         num_queries = layout.lengths_Q.shape[0]
         parts = []

@@ -151,7 +151,8 @@ class Runner:
         return layout, self._tensor(at.tokens_T)[None]
 
     def _tensor(self, array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(self.pages.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if self.pages.device.type == "cpu" else tensor.to(self.pages.device, non_blocking=True)
 
 
 class _Tables:
