@@ -37,6 +37,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
+MACHINE = ("-march=native",)
 BUILD_SECONDS = 600
 
 
@@ -78,7 +79,7 @@ def _build(compiler: str, path: Path) -> None:
     log.warning("building the CPU kernels with %s (once; about half a minute)", compiler)
     with tempfile.TemporaryDirectory(prefix="fledge-kernels-") as folder:
         try:
-            built = _compile(compiler, Path(folder), ("-march=native",))
+            built = _compile(compiler, Path(folder), MACHINE)
         except BuildError:
             built = _compile(compiler, Path(folder), ())  # some compilers cannot name their own processor
         write_file(path, lambda temporary: shutil.copyfile(built, temporary))
@@ -126,7 +127,16 @@ def _run_all(commands: Sequence[Sequence[str]]) -> None:
 def _fingerprint(compiler: str) -> str:
     """Of everything that the library depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [torch.__version__, compiler, version, *FLAGS, platform.platform(), platform.machine(), _cpu_features()]
+    parts = [
+        torch.__version__,
+        compiler,
+        version,
+        *FLAGS,
+        *MACHINE,
+        platform.platform(),
+        platform.machine(),
+        _cpu_features(),
+    ]
     for source in (Path(__file__), *sorted(SOURCES.iterdir())):
         parts += [source.name, source.read_text(encoding="utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
