@@ -6,7 +6,6 @@ compared before it counts as written: a format that cannot hold an example refus
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from fledge.data import llama_factory
 from fledge.data.feedback import FeedbackExample, cannot_write
 from fledge.data.records import LINE_SUFFIXES, BadRow, Intake, Row, rows
-from fledge.errors import DataError
+from fledge.errors import DataError, nearest
 from fledge.files import write_file
 from fledge.types import Provenance
 
@@ -68,10 +67,7 @@ def format_named(name: str) -> Format:
     for row in FORMATS:
         if row.name == name:
             return row
-    known = [row.name for row in FORMATS]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise DataError(f"unknown format '{name}': known are {', '.join(known)}{hint}")
+    raise DataError(f"unknown format '{name}': {nearest(name, [row.name for row in FORMATS])}")
 
 
 def read(path: Path, intake: Intake | None = None, *, name: str | None = None) -> Iterator[FeedbackExample]:

@@ -47,6 +47,8 @@ def test_an_answer_is_criticised_and_revised_and_the_revision_is_criticised_next
     assert [chain.answer for chain in chains] == [f"first {n}" for n in range(5)]
     chain = chains[3]
     assert [step.critique for step in chain.steps] == ["fault 3"] * 2
+    assert all(step.revision.startswith("better 3 by ") for step in chain.steps)
+    assert chain.steps[0].revision != chain.steps[1].revision
     principle = CONSTITUTION.principle(chain.steps[1].principle).en
     last = [ask.prompt for ask in model.asked if "question 3" in ask.prompt][-1]
     assert last == (

@@ -243,3 +243,27 @@ def test_every_special_token_can_be_said_by_a_user() -> None:
     ids = turns(("user", " ".join(SPECIAL_TOKENS)), ("assistant", "ok"))
     first, _ = RENDERER.parse(ids[: ids.index(RENDERER.end_id) + 1])
     assert first == Message.of("user", " ".join(SPECIAL_TOKENS))
+
+
+def test_c09_an_answer_that_is_context_only_is_shown_but_not_learned() -> None:
+    answer = Message.of("assistant", "old")
+    talk = Conversation(
+        (Message.of("user", "a"), replace(answer, is_learned=False), *Conversation.of(("user", "b")).messages)
+    )
+    rendered = RENDERER.render(talk.then("assistant", "new"))
+    learned = [token for token, mask in zip(rendered.ids, rendered.loss_mask, strict=True) if mask]
+    assert learned == [*RENDERER.tokenizer.encode("new"), RENDERER.end_id]
+    assert (
+        rendered.ids
+        == RENDERER.render(
+            replace(talk, messages=(talk.messages[0], answer, talk.messages[2])).then("assistant", "new")
+        ).ids
+    )
+
+
+def test_normalise_keeps_what_is_learned_apart_from_what_is_not_and_keeps_the_tools() -> None:
+    old, new = replace(Message.of("assistant", " old "), is_learned=False), Message.of("assistant", "new")
+    talk = Conversation((Message.of("user", "a"), old, new, new), ('{"name": "f"}',))
+    kept = normalise(talk)
+    assert [(m.text, m.is_learned) for m in kept.messages] == [("a", True), ("old", False), ("new\nnew", True)]
+    assert kept.tools == talk.tools
