@@ -359,11 +359,13 @@ def test_tokens_are_taken_back(bpe: Tokenizer, bpe_compiler: GrammarCompiler) ->
     assert torch.equal(bpe_compiler.masks([(matcher, ())])[0], masks[1])
     spell(matcher, letters[1:])
     assert matcher.is_finished
-    open_ended = bpe_compiler.matcher(Grammar("regex", "[a-z]+"), [end])
+    open_ended = bpe_compiler.matcher(Grammar("regex", "[a-z]{3,}"), [end])
     spell(open_ended, [*letters, end])
     assert open_ended.is_finished
     open_ended.rollback(2)
     assert not open_ended.is_finished
+    assert end not in allowed(bpe_compiler, open_ended)
+    spell(open_ended, letters[2:])
     assert end in allowed(bpe_compiler, open_ended)
 
 
@@ -421,8 +423,14 @@ def test_tokens_that_do_not_fit_fail_the_answer_and_not_its_neighbours(
 def test_a_limit_that_is_met_on_the_way_is_a_failure_and_no_end(bpe: Tokenizer) -> None:
     """The library says "only the end of text may follow" then, which would pass for a finished answer."""
     compiler = GrammarCompiler(bpe, limits=GrammarLimits(lexer_states=400))
-    outcomes = {walk(compiler, Grammar("regex", "(a|b)*a(a|b){200}"), 400, seed) for seed in range(3)}
-    assert outcomes == {"failed"}
+    grammar = Grammar("regex", "(a|b)*a(a|b){200}")
+    assert {walk(compiler, grammar, 400, seed) for seed in range(3)} == {"failed"}
+    letters, chance = [bpe.encode(letter)[0] for letter in "ab"], random.Random(0)
+    matcher = compiler.matcher(grammar, ())
+    while not (mask_V := compiler.masks([(matcher, ())])[0]).all():
+        assert bpe.end_of_text_id not in mask_V.nonzero()
+        matcher.push(chance.choice(letters))
+    assert "too many states" in (matcher.failure or "")
     compiler.close()
 
 
@@ -542,12 +550,25 @@ def test_compiled_grammars_are_kept_up_to_a_bound_and_not_for_ever(
     compiler.close()
 
 
-def test_forced_text_is_spelled_as_the_tokenizer_spells_it(
-    bpe: Tokenizer, bpe_compiler: GrammarCompiler
-) -> None:
+class Spelling(Tokenizer):
+    """A tokenizer that spells every letter alone."""
+
+    def encode(self, text: str) -> list[int]:
+        return [i for letter in text for i in super(Spelling, self).encode(letter)]
+
+
+def test_forced_text_is_spelled_as_the_tokenizer_spells_it(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path / "tokenizer.json")
     text = '{"name": "The quick brown fox"}'
-    ids, _ = write(bpe_compiler, Grammar("lark", f"start: {json.dumps(text)}"))
-    assert ids == bpe.encode(text)
+    spelled = []
+    for kind in (Tokenizer, Spelling):
+        own = kind.load(tmp_path / "tokenizer.json")
+        compiler = GrammarCompiler(own)
+        ids, _ = write(compiler, Grammar("lark", f"start: {json.dumps(text)}"))
+        compiler.close()
+        assert ids == own.encode(text)
+        spelled.append(len(ids))
+    assert spelled[0] < spelled[1] == len(text)
 
 
 def test_the_guards_own_spelling_takes_the_longest_tokens_and_stops_at_what_it_cannot_spell() -> None:
@@ -615,6 +636,14 @@ def test_an_answer_whose_grammar_meets_a_limit_ends_with_an_error(bpe: Tokenizer
     assert bad[0].finish_reason == "error"
     assert good[0].finish_reason == "stop"
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+def test_a_stop_token_within_the_grammar_is_no_good_end(bpe: Tokenizer, engine: Engine) -> None:
+    end = bpe.special_id("<|end|>")
+    for text, reason in {'start: <|end|> "a"': "error", 'start: "a" <|end|>': "stop"}.items():
+        [[answer]] = engine.generate([ask(bpe, "x", Grammar("lark", text), max_tokens=9)])
+        assert answer.finish_reason == reason
+        assert answer.ids[-1] == end
 
 
 def test_a_bad_grammar_is_refused_before_anything_is_queued(bpe: Tokenizer, engine: Engine) -> None:
