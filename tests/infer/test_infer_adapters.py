@@ -16,7 +16,8 @@ from fledge.errors import UserError
 from fledge.formats.peft import save_adapter
 from fledge.infer.causal import CausalModel
 from fledge.infer.naive import generate
-from fledge.layers.lora import Adapter, AdapterLinear, LoraConfig, Pair
+from fledge.infer.quantize import quantize
+from fledge.layers.lora import Adapter, AdapterLinear, LoraConfig, Pair, add_lora, put_adapter
 from fledge.types import Request, SamplingParams
 
 SAMPLED = SamplingParams(max_tokens=12, temperature=0.9, seed=3)
@@ -172,3 +173,21 @@ def test_adapters_that_are_missing_taken_or_in_use_are_refused() -> None:
         engine.unload_adapter("a")
     engine.cancel("x")
     engine.unload_adapter("a")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_models_take_adapters(kind: str) -> None:
+    model = build("llama")
+    adapter = adapter_of(model, 0, ("query", "up"))
+    quantize(model, kind)
+    alone = copy.deepcopy(model)
+    add_lora(alone, LoraConfig(2, targets=("query", "up")))
+    put_adapter(alone, adapter)
+    want = run(generate, alone, PROMPTS, GREEDY)
+    plain = run(generate, model, PROMPTS, GREEDY)
+    assert [answer.ids for answer in want] != [answer.ids for answer in plain]
+    engine = engine_of(model)
+    engine.load_adapter("a", adapter)
+    answers = engine.generate([request for request in asked(GREEDY) if request.adapter != "b"])
+    for place, [answer] in enumerate(answers):
+        assert answer.ids == (plain if place % 2 else want)[place // 2].ids
