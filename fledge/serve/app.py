@@ -22,6 +22,8 @@ from fledge.serve import (
     health,
     jobs_api,
     models,
+    responses,
+    responses_stored,
     stored,
     tokens,
 )
@@ -39,7 +41,19 @@ from fledge.store.database import Database
 log = logging.getLogger(__name__)
 
 # Of two paths that fit, the one that comes first wins; so what is named comes before what is a parameter.
-_RESOURCES = (chat, stored, completions, embeddings, models, files, tokens, jobs_api, health)
+_RESOURCES = (
+    chat,
+    stored,
+    responses,
+    responses_stored,
+    completions,
+    embeddings,
+    models,
+    files,
+    tokens,
+    jobs_api,
+    health,
+)
 ROUTERS = tuple(resource.router for resource in _RESOURCES)
 
 

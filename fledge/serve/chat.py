@@ -68,13 +68,10 @@ class Chat:
         """Answer, and give back the completion; its chunks, or itself, are the job's events."""
         body = self.body
         async with self.state.hub.use(self.principal.owner, body.model) as model:
-            generation = Generation(self.state, self.principal, model, body.model, self.notes)
-            asked = await self._ask(generation, model)
             choices = [ChatChoice(i, model, self.toolbox, bool(body.logprobs)) for i in range(body.n or 1)]
-            try:
+            with Generation(self.state, self.principal, model, body.model, self.notes) as generation:
+                asked = await self._ask(generation, model)
                 await self._answer(job, generation, asked, choices)
-            finally:
-                generation.settle()
         completion = {
             **self._head(model, "chat.completion"),
             "choices": [choice.body for choice in choices],
@@ -111,13 +108,8 @@ class Chat:
         wants_usage = bool(options and options.include_usage)
         is_padded = options is None or options.include_obfuscation is not False
         chunks = Chunks(self._head(generation.model, "chat.completion.chunk"), wants_usage, is_padded)
-        if self._max_tokens == 0:
-            generation.usage.prompt += len(asked.prompt_ids)
-            for choice in choices:
-                self._take(job, chunks, choice, TokenEvent(-1, 0.0, "", "length", index=choice.index))
-        else:
-            async for event in generation.events(asked):
-                self._take(job, chunks, choices[event.index], event)
+        async for event in generation.events(asked, is_empty=self._max_tokens == 0):
+            self._take(job, chunks, choices[event.index], event)
         if self.body.stream and wants_usage:
             job.emit(encode(chunks.usage(generation.usage)))
 

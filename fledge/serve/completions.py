@@ -65,18 +65,14 @@ class TextTask:
     async def run(self, job: Job) -> dict[str, Any]:
         """Answer, and give back the completion; its chunks, or itself, are the job's events."""
         async with self.state.hub.use(self.principal.owner, self.body.model) as model:
-            generation = Generation(self.state, self.principal, model, self.body.model, self.notes)
-            prompts = as_prompts(self.body.prompt)
-            texts = await asyncio.to_thread(self._texts, model, prompts)
-            asked = [self._ask(generation, ids) for ids, _ in texts]
-            generation.charge(asked)
-            shown = [text for _, text in texts]
-            try:
+            texts = await asyncio.to_thread(self._texts, model, as_prompts(self.body.prompt))
+            with Generation(self.state, self.principal, model, self.body.model, self.notes) as generation:
+                asked = [self._ask(generation, ids) for ids, _ in texts]
+                generation.charge(asked)
+                shown = [text for _, text in texts]
                 choices = await self._answer(job, generation, asked, shown)
                 if self.body.max_tokens == 0:  # what had to be drawn to score the prompts is nobody's
                     generation.usage.completion = 0
-            finally:
-                generation.settle()
         completion = {
             **self._head(model),
             "choices": [choice.body for choice in choices],
@@ -146,15 +142,10 @@ class TextTask:
     async def _continue(
         self, job: Job, generation: Generation, asked: EngineRequest, choices: Sequence[TextChoice], text: str
     ) -> None:
-        if self.body.max_tokens == 0 and asked.prompt_logprobs is None:
-            generation.usage.prompt += len(asked.prompt_ids)
-            for choice in choices:
-                self._say(job, generation, choice, choice.begin(text if self.body.echo else "", (), ()))
-                self._say(job, generation, choice, choice.end("length"))
-            return
+        is_empty = self.body.max_tokens == 0 and asked.prompt_logprobs is None
         told: tuple[TokenLogprobs, ...] | None = None if asked.prompt_logprobs is not None else ()
         waiting: list[TokenEvent] = []  # events of other answers that came before the prompt's own were told
-        async for event in generation.events(asked):
+        async for event in generation.events(asked, is_empty=is_empty):
             waiting.append(event)
             if told is None and event.index == 0:
                 told = event.prompt

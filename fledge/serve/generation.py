@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from fledge.serve.auth import Principal
 from fledge.serve.chat_wire import Sampling
@@ -55,7 +56,7 @@ class Usage:
 
 @dataclass
 class Generation:
-    """Requests to one model's engine in the name of one principal, and what they cost together."""
+    """Requests to one model's engine in the name of one principal, and what they cost together; for `with`."""
 
     state: State
     principal: Principal
@@ -110,12 +111,23 @@ class Generation:
         self._charged += cost
         self.notes.update(self.principal.budgets.headers())
 
-    def settle(self) -> None:
-        """Give back what was charged and not used. To be called once, when all is over."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """All is over: give back what was charged and not used."""
         self.principal.budgets.give_back(self._charged - self.usage.prompt - self.usage.completion)
 
-    async def events(self, request: Request) -> AsyncIterator[TokenEvent]:
-        """What the engine says, counted. Leaving the iteration early ends the request."""
+    async def events(self, request: Request, *, is_empty: bool = False) -> AsyncIterator[TokenEvent]:
+        """What the engine says, counted. Leaving the iteration early ends the request.
+
+        `is_empty`: no token is wanted, so the engine is not asked at all.
+        """
+        if is_empty:
+            self.usage.prompt += len(request.prompt_ids)
+            for index in range(request.n):
+                yield TokenEvent(-1, 0.0, "", "length", request.id, index)
+            return
         began, is_first = time.perf_counter(), True
         before = replace(self.usage)
         self.usage.prompt += len(request.prompt_ids)

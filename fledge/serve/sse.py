@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fledge.serve.errors import ApiError
 from fledge.serve.jobs import Job
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -76,9 +77,15 @@ class EventStream(Response):
             yield b"".join(self._spell(number + i, event) for i, event in enumerate(events))
             number += len(events)
         if self._job.error is not None:
-            yield self._spell(number, encode(self._job.error.body))
+            yield self._spell(number, encode(self._error(self._job.error, number)))
         elif not self._is_named:
             yield DONE
+
+    def _error(self, error: ApiError, number: int) -> dict[str, Any]:
+        if not self._is_named:
+            return error.body
+        told = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+        return {**told, "sequence_number": number}
 
     def _spell(self, number: int, event: bytes) -> bytes:
         data = b"data: " + event + b"\n\n"

@@ -1,0 +1,265 @@
+"""POST /v1/responses: answers that know what came before them, in the background if wanted.
+
+A response is a job of its own id, so that its events can be read again from any of them on; what is stored stands in
+`store.responses` and can be built upon by `previous_response_id`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from fledge.serve.auth import Principal, needs
+from fledge.serve.chat import Keep
+from fledge.serve.engine import ServedModel
+from fledge.serve.errors import ApiError, api_error, refused
+from fledge.serve.generation import Generation, Shape
+from fledge.serve.jobs import Job
+from fledge.serve.responses_events import Event, Writer
+from fledge.serve.responses_input import (
+    Item,
+    Reader,
+    grammar_of,
+    items_before,
+    own_items,
+    to_conversation,
+    toolbox_of,
+)
+from fledge.serve.responses_wire import (
+    COUNT_FIELDS,
+    RESPONSE_FIELDS,
+    CountRequest,
+    ResponseContext,
+    ResponseObject,
+    ResponseRequest,
+)
+from fledge.serve.sse import awaited, encode, json_response, streamed
+from fledge.serve.state import State, state_of
+from fledge.serve.wire import obey
+from fledge.store.pages import new_id, now
+from fledge.store.responses import add_response, update_response
+from fledge.store.tables import ResponseRow
+from fledge.types import Request as EngineRequest
+from fledge.types import TokenEvent
+
+router = APIRouter(prefix="/v1/responses", tags=["responses"])
+
+User = Annotated[Principal, Depends(needs("generate"))]
+_LOGPROBS = "message.output_text.logprobs"
+
+
+@router.post("", responses={200: {"model": ResponseObject}})
+async def create(request: Request, body: ResponseRequest, principal: User, is_kept: Keep = False) -> Response:
+    request.state.notes.update(obey(RESPONSE_FIELDS, body))
+    if body.background and body.store is False:
+        raise refused("a response in the background must be stored", "background", "invalid_value")
+    state = state_of(request)
+    answer = Answering(state, principal, body, _model_name(state, body), own_items(body), request.state.notes)
+    is_kept = is_kept or bool(body.background)
+    if is_kept:
+        await answer.store("queued" if body.background else "in_progress")
+    job = await state.jobs.start(principal.owner, "response", answer.run, is_kept=is_kept, job_id=answer.id)
+    if body.stream:
+        return await streamed(job, is_named=True)
+    if body.background:
+        job.leave()
+        return json_response(answer.body("queued"))
+    return json_response(await awaited(job, request))
+
+
+@router.post("/input_tokens")
+async def count_tokens(request: Request, body: CountRequest, principal: User) -> Response:
+    """How many tokens the model would read."""
+    request.state.notes.update(obey(COUNT_FIELDS, body))
+    state = state_of(request)
+    before = await items_before(state.database, principal.owner, body.previous_response_id)
+    conversation = to_conversation(body.instructions, [*before, *own_items(body)], toolbox_of(body))
+    async with state.hub.use(principal.owner, _model_name(state, body)) as model:
+        room = model.context if body.truncation == "auto" else None
+        prompt = await Reader(model, room).prompt(conversation)
+    return json_response({"object": "response.input_tokens", "input_tokens": len(prompt)})
+
+
+def _model_name(state: State, body: ResponseContext) -> str:
+    name = body.model or state.hub.default
+    if name is None:
+        message = "Missing required parameter: 'model'; the server was started without one"
+        raise refused(message, "model", "missing_required_parameter")
+    return name
+
+
+@dataclass
+class Answering:
+    """One response on its way. `inputs` are its own items."""
+
+    state: State
+    principal: Principal
+    request: ResponseRequest
+    model_name: str
+    inputs: list[Item]
+    notes: dict[str, str]
+    id: str = field(default_factory=lambda: new_id("resp_"))
+    created_at: int = field(default_factory=now)
+    is_stored: bool = False
+    writer: Writer | None = None
+    usage: dict[str, Any] | None = None
+    num_events: int = 0
+
+    async def run(self, job: Job) -> dict[str, Any]:
+        """Answer, store and give back the response. A failure after the first event is an event as well."""
+        try:
+            await self._answer(job)
+        except BaseException as error:
+            status = "failed" if isinstance(error, Exception) else "cancelled"
+            body = self.body(status, error=api_error(error) if status == "failed" else None)
+            if self.num_events:
+                self._emit(
+                    job, {"type": f"response.{status}", "response": body}, is_logged=status == "failed"
+                )
+            if self.is_stored:
+                await update_response(self.state.database, self.principal.owner, self.id, body)
+            raise
+        assert self.writer is not None
+        status = "incomplete" if self.writer.reason == "length" else "completed"
+        body = self.body(status)
+        await self._keep(body)
+        self._emit(job, {"type": f"response.{status}", "response": body})
+        return body
+
+    async def _answer(self, job: Job) -> None:
+        request = self.request
+        owner = self.principal.owner
+        toolbox = toolbox_of(request)
+        before = await items_before(self.state.database, owner, request.previous_response_id)
+        conversation = to_conversation(request.instructions, [*before, *self.inputs], toolbox)
+        async with self.state.hub.use(owner, self.model_name) as model:
+            options = request.stream_options
+            is_padded = options is None or options.include_obfuscation is not False
+            self.writer = Writer(model, toolbox, self._wants_logprobs, is_padded)
+            prompt = await self._reader(model).prompt(conversation)
+            told = (request.top_logprobs or 0) if self._wants_logprobs else None
+            shape = Shape(
+                request.max_output_tokens, top_logprobs=told, grammar=grammar_of(request, toolbox, model)
+            )
+            with Generation(self.state, self.principal, model, self.model_name, self.notes) as generation:
+                await self._generate(
+                    job, generation, generation.plan(request.sampling(self.model_name), prompt, shape)
+                )
+
+    async def _generate(self, job: Job, generation: Generation, asked: EngineRequest) -> None:
+        generation.charge([asked])
+        try:
+            async for event in generation.events(asked, is_empty=self.request.max_output_tokens == 0):
+                self._take(job, event)
+        finally:
+            self.usage = _usage(generation)
+
+    def _take(self, job: Job, event: TokenEvent) -> None:
+        assert self.writer is not None
+        if not self.num_events:
+            for kind in ("response.created", "response.in_progress"):
+                self._emit(job, {"type": kind, "response": self.body("in_progress")})
+        for told in self.writer.take(event):
+            self._emit(job, told)
+
+    def _emit(self, job: Job, event: Event, *, is_logged: bool = True) -> None:
+        if is_logged and (self.request.stream or job.is_kept):
+            job.emit(encode({**event, "sequence_number": self.num_events}))
+        self.num_events += 1
+
+    def _reader(self, model: ServedModel) -> Reader:
+        if self.request.truncation != "auto" or model.context is None:
+            return Reader(model, None)
+        wanted = self.request.max_output_tokens
+        return Reader(model, max(1, model.context - (1 if wanted is None else wanted)))
+
+    @property
+    def _wants_logprobs(self) -> bool:
+        return _LOGPROBS in (self.request.include or ())
+
+    def body(self, status: str, error: ApiError | None = None) -> dict[str, Any]:
+        """The response as it stands."""
+        request = self.request
+        told = None if error is None else {"code": error.code or "server_error", "message": error.message}
+        settled = status not in ("queued", "in_progress")
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created_at,
+            "completed_at": now() if status == "completed" else None,
+            "status": status,
+            "background": bool(request.background),
+            "error": told,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "model": self.model_name,
+            "output": self.writer.output if self.writer is not None and settled else [],
+            "usage": self.usage if settled else None,
+            **_echoed(request),
+        }
+
+    async def store(self, status: str) -> None:
+        row = ResponseRow(
+            id=self.id,
+            created_at=self.created_at,
+            owner=self.principal.owner,
+            status=status,
+            previous_id=self.request.previous_response_id,
+            is_background=bool(self.request.background),
+            inputs=self.inputs,
+            body=self.body(status),
+        )
+        await add_response(self.state.database, row)
+        self.is_stored = True
+
+    async def _keep(self, body: dict[str, Any]) -> None:
+        if self.is_stored:
+            await update_response(self.state.database, self.principal.owner, self.id, body)
+        elif self.request.store is not False:
+            await self.store(body["status"])
+            await update_response(self.state.database, self.principal.owner, self.id, body)
+
+
+def _echoed(request: ResponseRequest) -> Event:
+    """The settings of the request, as a response repeats them."""
+    form = request.text.format if request.text else None
+    shown = {"type": "text"} if form is None else form.model_dump(exclude_none=True, by_alias=True)
+    return {
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "max_tool_calls": request.max_tool_calls,
+        "metadata": request.metadata or {},
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "previous_response_id": request.previous_response_id,
+        "reasoning": {"effort": None, "summary": None},
+        "service_tier": "default",
+        "store": request.store is not False,
+        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "text": {"format": shown},
+        "tool_choice": request.tool_choice or "auto",
+        "tools": list(_echoed_tools(request)),
+        "top_logprobs": request.top_logprobs or 0,
+        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "truncation": request.truncation or "disabled",
+        "user": request.user,
+    }
+
+
+def _echoed_tools(request: ResponseRequest) -> Iterator[dict[str, Any]]:
+    for tool in request.tools or ():
+        shown = {"type": tool.type, "name": tool.name, "description": tool.description}
+        yield {**shown, "parameters": tool.parameters, "strict": bool(tool.strict)}
+
+
+def _usage(generation: Generation) -> dict[str, Any]:
+    usage = generation.usage
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt + usage.completion,
+    }

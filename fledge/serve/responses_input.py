@@ -1,0 +1,174 @@
+"""Input items of /v1/responses become a conversation; what came before them is found in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fledge.serve.chat_messages import Toolbox, make_toolbox, to_grammar
+from fledge.serve.chat_wire import FunctionSpec, JsonSchemaSpec, ResponseFormat
+from fledge.serve.engine import ServedModel
+from fledge.serve.errors import not_found, refused
+from fledge.serve.responses_wire import InputItem, InputPart, ResponseContext, ResponseTool
+from fledge.store.database import Database
+from fledge.store.pages import new_id
+from fledge.store.responses import chain_of
+from fledge.types import CallPart, Conversation, Grammar, Message, Role, TextPart
+
+_ROLES: dict[str, Role] = {
+    "developer": "system",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text")
+Item = dict[str, Any]
+
+
+def own_items(body: ResponseContext) -> list[Item]:
+    """The request's input as items with ids, as they are stored and listed. 400 names an item that is not known."""
+    given = body.input
+    if given is None or given == "":
+        return []
+    if isinstance(given, str):
+        given = [InputItem(role="user", content=given)]
+    return [_as_item(item, f"input[{i}]") for i, item in enumerate(given)]
+
+
+def _as_item(item: InputItem, where: str) -> Item:
+    match item.type:
+        case "message" if item.role is not None and item.content is not None:
+            kind = "output_text" if item.role == "assistant" else "input_text"
+            return {
+                "id": item.id or new_id("msg_"),
+                "type": "message",
+                "status": "completed",
+                "role": item.role,
+                "content": _parts(item.content, kind, f"{where}.content"),
+            }
+        case "function_call" if item.call_id and item.name and item.arguments is not None:
+            call = {"call_id": item.call_id, "name": item.name, "arguments": item.arguments}
+            return {"id": item.id or new_id("fc_"), "type": "function_call", "status": "completed", **call}
+        case "function_call_output" if item.call_id and item.output is not None:
+            output = item.output
+            if not isinstance(output, str):
+                output = "".join(part["text"] for part in _parts(output, "input_text", f"{where}.output"))
+            result = {"call_id": item.call_id, "output": output, "status": "completed"}
+            return {"id": item.id or new_id("fco_"), "type": "function_call_output", **result}
+        case "message" | "function_call" | "function_call_output":
+            raise refused(f"an item of type '{item.type}' lacks a field", where, "missing_required_parameter")
+        case _:
+            message = f"items of type '{item.type[:50]}' are not supported"
+            raise refused(message, f"{where}.type", "unsupported_content")
+
+
+def _parts(content: str | list[InputPart], kind: str, where: str) -> list[Item]:
+    if isinstance(content, str):
+        content = [InputPart(type=kind, text=content)]
+    shown = []
+    for i, part in enumerate(content):
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in _TEXTS or text is None:
+            message = f"the model reads text only, not '{part.type[:50]}'"
+            raise refused(message, f"{where}[{i}]", "unsupported_content")
+        extra: Item = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
+        shown.append({"type": kind, "text": text, **extra})
+    return shown
+
+
+async def items_before(database: Database, owner: str, previous_id: str | None) -> list[Item]:
+    """All that was said up to and in the previous response; 404 if a part of it is not there."""
+    if previous_id is None:
+        return []
+    chain = await chain_of(database, owner, previous_id) if "\0" not in previous_id else None
+    if chain is None:
+        found = not_found("previous response", previous_id)
+        found.param = "previous_response_id"
+        raise found
+    return [item for row in chain for item in (*row.inputs, *row.body.get("output", []))]
+
+
+def to_conversation(instructions: str | None, items: Sequence[Item], toolbox: Toolbox) -> Conversation:
+    messages = [Message.of("system", instructions)] if instructions else []
+    names: dict[str, str] = {}
+    for item in items:
+        if item["type"] == "message":
+            text = "".join(part["text"] for part in item["content"])
+            messages.append(Message.of(_ROLES[item["role"]], text))
+        elif item["type"] == "function_call":
+            names[item["call_id"]] = item["name"]
+            _add_call(messages, CallPart(item["name"], item["arguments"], item["call_id"]))
+        else:
+            part = (TextPart(item["output"]),)
+            messages.append(Message("tool", part, name=names.get(item["call_id"]), call_id=item["call_id"]))
+    shown = toolbox.tools if toolbox.choice != "none" else ()
+    return Conversation(tuple(messages), tuple(json.dumps(tool.to_json()) for tool in shown))
+
+
+def _add_call(messages: list[Message], call: CallPart) -> None:
+    """A call belongs to what the assistant said just before it, if it said anything."""
+    if messages and messages[-1].role == "assistant":
+        messages[-1] = replace(messages[-1], parts=(*messages[-1].parts, call))
+    else:
+        messages.append(Message("assistant", (call,)))
+
+
+def toolbox_of(body: ResponseContext) -> Toolbox:
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise refused(
+                "'tool_choice' is only allowed when 'tools' are specified", "tool_choice", "invalid_value"
+            )
+        return Toolbox()
+    specs = [_function(tool, i) for i, tool in enumerate(body.tools)]
+    choice = body.tool_choice
+    return make_toolbox(specs, choice, body.parallel_tool_calls is not False)
+
+
+def _function(tool: ResponseTool, i: int) -> FunctionSpec:
+    if tool.type != "function":
+        message = f"tools are functions here, not '{tool.type[:50]}'"
+        raise refused(message, f"tools[{i}].type", "unsupported_tool")
+    if tool.name is None:
+        raise refused("a function needs a name", f"tools[{i}].name", "missing_required_parameter")
+    return FunctionSpec(
+        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+    )
+
+
+def grammar_of(body: ResponseContext, toolbox: Toolbox, model: ServedModel) -> Grammar | None:
+    form = body.text.format if body.text else None
+    if form is None:
+        return to_grammar(toolbox, None, model.style)
+    schema = None
+    if form.type == "json_schema":
+        if form.schema_ is None:
+            raise refused("'schema' is needed", "text.format.schema", "missing_required_parameter")
+        schema = JsonSchemaSpec(name=form.name or "schema", schema=form.schema_, strict=form.strict)
+    return to_grammar(toolbox, ResponseFormat(type=form.type, json_schema=schema), model.style)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes the prompt of a response. `room` is how many tokens it may have if the oldest messages may be dropped."""
+
+    model: ServedModel
+    room: int | None
+
+    async def prompt(self, conversation: Conversation) -> tuple[int, ...]:
+        return await asyncio.to_thread(self._prompt, conversation)
+
+    def _prompt(self, conversation: Conversation) -> tuple[int, ...]:
+        ids = self.model.renderer.prompt(conversation)
+        while self.room is not None and len(ids) > self.room:
+            messages = list(conversation.messages)
+            oldest = next((i for i, message in enumerate(messages[:-1]) if message.role != "system"), None)
+            if oldest is None:
+                break
+            del messages[oldest]
+            conversation = replace(conversation, messages=tuple(messages))
+            ids = self.model.renderer.prompt(conversation)
+        return ids

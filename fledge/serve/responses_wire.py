@@ -1,0 +1,170 @@
+"""The wire types of /v1/responses, and what becomes of each field.
+
+Source: openapi 2.3.0, `CreateResponse`, `Response`, `InputItem`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints
+
+from fledge.serve.chat_wire import Sampling, TokenCount
+from fledge.serve.wire import Answer, FieldRule, Metadata, Name, Wire
+
+
+class InputPart(Wire):
+    """A part of a message; what is no text is known by its name and refused."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class InputItem(Wire):
+    """Something said or called before. Without a `type` it is a message."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str = "message"
+    id: str | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | list[InputPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[InputPart] | None = None
+
+
+class ResponseTool(Wire):
+    model_config = ConfigDict(extra="allow")
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class TextFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Wire):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ResponseStreamOptions(Wire):
+    include_obfuscation: bool | None = None
+
+
+class ResponseContext(Wire):
+    """What decides which tokens the model reads: common to a response and to counting its tokens."""
+
+    model: Name | None = None
+    input: str | list[InputItem] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: dict[str, Any] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+
+class CountRequest(ResponseContext):
+    personality: str | None = None
+
+
+class ResponseRequest(ResponseContext):
+    background: bool | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_output_tokens: TokenCount | None = None
+    max_tool_calls: TokenCount | None = None
+    metadata: Metadata | None = None
+    include: list[str] | None = None
+    prompt: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
+    context_management: list[dict[str, Any]] | None = None
+    image: dict[str, Any] | None = None
+    access_programs: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: Annotated[str, StringConstraints(max_length=64)] | None = None
+    user: str | None = None
+
+    def sampling(self, model: str) -> Sampling:
+        return Sampling(model=model, temperature=self.temperature, top_p=self.top_p)
+
+
+class ResponseObject(Answer):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+
+
+CONTEXT_FIELDS = (
+    FieldRule("model", "honoured", "without it, the first model that the server was started with"),
+    FieldRule(
+        "input", "honoured", "texts, calls and their results; other kinds of items are refused by name"
+    ),
+    FieldRule("instructions", "honoured", ""),
+    FieldRule("previous_response_id", "honoured", ""),
+    FieldRule("conversation", "refused", "there are no conversation objects; use previous_response_id"),
+    FieldRule("tools", "honoured", "functions; built-in tools are refused by name"),
+    FieldRule("tool_choice", "honoured", "enforced while the answer is drawn"),
+    FieldRule("parallel_tool_calls", "honoured", ""),
+    FieldRule("text", "honoured", "the format is enforced; `verbosity` has no effect"),
+    FieldRule("reasoning", "inert", "the models here were not taught to reason apart from the answer"),
+    FieldRule("truncation", "honoured", "`auto` drops the oldest messages that are not the system's"),
+)
+COUNT_FIELDS = (
+    *CONTEXT_FIELDS,
+    FieldRule("personality", "inert", "the models here were not taught it"),
+)
+RESPONSE_FIELDS = (
+    *CONTEXT_FIELDS,
+    FieldRule("background", "honoured", "needs `store`"),
+    FieldRule("store", "honoured", "true if not given"),
+    FieldRule("stream", "honoured", ""),
+    FieldRule("stream_options", "honoured", ""),
+    FieldRule("temperature", "honoured", ""),
+    FieldRule("top_p", "honoured", ""),
+    FieldRule("top_logprobs", "honoured", "with `message.output_text.logprobs` in `include`"),
+    FieldRule("max_output_tokens", "honoured", "without it, what the context leaves"),
+    FieldRule("max_tool_calls", "inert", "counts built-in tools, of which there are none"),
+    FieldRule("metadata", "honoured", ""),
+    FieldRule("include", "honoured", "log-probabilities; the rest belongs to tools that there are none of"),
+    FieldRule("prompt", "refused", "there are no stored prompts; send the text"),
+    FieldRule("moderation", "refused", "no moderation model is served"),
+    FieldRule(
+        "context_management", "inert", "nothing is compacted; `truncation` says what happens when it is full"
+    ),
+    FieldRule("image", "inert", "says how images would be read; there are none"),
+    FieldRule("access_programs", "inert", "there are none"),
+    FieldRule("prompt_cache_key", "inert", "equal beginnings of prompts are found without it"),
+    FieldRule("prompt_cache_retention", "inert", "the cache keeps what it has room for"),
+    FieldRule("prompt_cache_options", "inert", "the cache keeps what it has room for"),
+    FieldRule("service_tier", "inert", "there is one tier, 'default'"),
+    FieldRule("safety_identifier", "inert", "the key says who asks"),
+    FieldRule("user", "inert", "the key says who asks"),
+)
