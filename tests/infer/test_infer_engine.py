@@ -340,6 +340,17 @@ def test_the_best_of_several_carries_what_was_asked_of_the_prompt(llama: CausalM
     assert all(event.model is not None for event in events)
 
 
+def test_a_prompt_that_is_read_again_after_preemption_is_told_once(llama: CausalModel) -> None:
+    engine = engine_of(llama, num_blocks=13)
+    params = SamplingParams(max_tokens=20, seed=3)
+    engine.submit(Request("b", tuple(PREFIX), params))
+    engine.submit(Request("a", tuple(PREFIX), params, best_of=2, prompt_logprobs=0))
+    told = drain(engine)
+    assert engine.stats().num_preempted > 0
+    [expected] = engine.score([PREFIX])
+    assert [own.logprob for own in told["a"][0].prompt] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_cancelled_request_ends_within_one_step_and_frees_its_blocks(llama: CausalModel) -> None:
     engine = engine_of(llama)
     [first, second] = asking([PREFIX, PREFIX], replace(GREEDY, max_tokens=30))

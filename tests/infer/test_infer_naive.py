@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,40 @@ def test_sampled_answers_and_their_log_probabilities_equal_the_oracle(model: Cau
         ):
             assert fast.ids == slow.ids
             assert fast.logprobs == pytest.approx(slow.logprobs, abs=1e-4)
+
+
+SHAPED = SamplingParams(
+    max_tokens=12,
+    seed=4,
+    presence_penalty=0.6,
+    frequency_penalty=0.4,
+    repetition_penalty=1.3,
+    logit_bias=((7, 3.0), (9, -math.inf)),
+    allowed_ids=tuple(range(2, 40)),
+    min_tokens=5,
+)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_shaped_answers_equal_the_oracle_row_by_row(model: CausalModel, temperature: float) -> None:
+    prompts = prompts_of([3, 1, 8, 8, 2])
+    params = replace(SHAPED, temperature=temperature)
+    fast, slow = run(generate, model, prompts, params), run(generate_uncached, model, prompts, params)
+    assert [c.ids for c in fast] == [c.ids for c in slow]
+    plain = run(generate, model, prompts, replace(GREEDY, temperature=temperature, max_tokens=12, seed=4))
+    assert [c.ids for c in fast] != [c.ids for c in plain]
+    for completion in fast:
+        assert len(completion.ids) >= 5
+        assert not STOPS & set(completion.ids[:4])
+        assert set(completion.ids) <= set(range(2, 40)) - {9}
+    [prompt], events = prompts[:1], stream(model, prompts[0], params, stop_ids=STOPS, pad_id=PAD, decoder=Words())
+    assert tuple(event.id for event in events) == run(generate, model, [prompt], params)[0].ids
+
+
+def test_ids_that_the_model_does_not_know_are_refused(model: CausalModel) -> None:
+    for how in (generate, generate_uncached):
+        with pytest.raises(UserError, match="logit_bias name ids 61"):
+            run(how, model, [[5]], SamplingParams(logit_bias=((61, 1.0),)))
 
 
 def test_c5_cached_log_probabilities_equal_one_full_forward(model: CausalModel) -> None:

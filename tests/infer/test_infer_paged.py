@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fledge.infer.paged import PagedContext, Pages, SiteShape
+from fledge.infer.paged import PagedContext, Pages, SiteShape, attend_pages
 from fledge.infer.runner import Runner
 from fledge.infer.sequence import Live, Span
 from fledge.layers.attention import RowContext
@@ -75,20 +75,21 @@ def slope_bias(lengths: list[int], positions_T: Tensor) -> Tensor:
     return -slopes_H[None, :, None, None] * (positions_T[:, None] - torch.arange(max(lengths)))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("how", ["kernel", "plain", "biased"])
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 100])
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 100])
-def test_attention_over_pages_equals_attention_over_the_row(
-    size: int, window: int | None, with_bias: bool
-) -> None:
+def test_attention_over_pages_equals_attention_over_the_row(size: int, window: int | None, how: str) -> None:
     lives = new_lives()
     rows = values_of(lives)
+    with_bias = how == "biased"
     whole = []
     for live, (q, k, v) in zip(lives, rows, strict=True):
         num = len(live.tokens)
         bias = slope_bias([num], torch.arange(num)) if with_bias else None
         whole.append(RowContext(torch.zeros(1, num)).attend(0, q, k, v, window=window, bias=bias, scale=0.3))
     runner = Runner(None, new_pages())
+    if how == "plain":
+        runner.pages.attend = attend_pages
     for spans in cut(lives, size):
         context, ordered, _ = context_of(runner, spans)
         q, k, v = (
@@ -139,14 +140,14 @@ def test_drafts_are_run_after_the_sequences_own_tokens() -> None:
 
 
 def test_a_preempted_sequence_is_found_in_its_new_blocks() -> None:
-    """Its table is as long as before and begins alike, but the list is a new one."""
+    """Its table is as long as before, but the list is a new one."""
     live = Live(0, list(range(8)), 8, 5, blocks=[3, 4])
     runner = Runner(None, new_pages())
     runner._lay_out([Span(live, 0, 8, 0, True)])
-    live.blocks = [3, 9]
+    live.blocks = [8, 9]
     layout, _ = runner._lay_out([Span(live, 7, 1, 0, True)])
     assert layout.slots_T.tolist() == [9 * SIZE + 3]
-    assert layout.tables_NM.tolist() == [[3, 9]]
+    assert layout.tables_NM.tolist() == [[8, 9]]
 
 
 def test_blocks_given_back_after_a_draft_are_not_remembered() -> None:
