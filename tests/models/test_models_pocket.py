@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fledge.errors import ConfigError
 from fledge.layers.attention import RowContext, SegmentContext
-from fledge.models.pocket import QK_GAIN, Pocket, PocketConfig
+from fledge.models.pocket import QK_GAIN, Pocket, PocketConfig, squared_relu
 
 CONFIG = PocketConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, table_rows=128)
 
@@ -185,3 +185,10 @@ def test_ids_up_to_a_million_hash_without_overflow() -> None:
     exact = (2**20 - 1) * (0x9E3779B1 + 0x85EBCA77 + 0xC2B2AE3D)
     assert exact < 2**63
     assert int(model._hash(tokens, 3, RowContext(tokens))[0, 2]) == (exact ^ (exact >> 15)) % 1000
+
+
+def test_squared_relu_is_its_formula_and_goes_back_as_autograd_would() -> None:
+    x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    assert squared_relu(x).tolist() == [0.0, 0.0, 0.0, 0.25, 9.0]
+    (gradient,) = torch.autograd.grad((squared_relu(x) * torch.arange(1.0, 6.0)).sum(), x)
+    assert gradient.tolist() == [0.0, 0.0, 0.0, 4.0, 30.0]
