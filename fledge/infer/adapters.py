@@ -46,6 +46,10 @@ class Adapters:
         """What keeps an adapter's keys and values apart from all others."""
         return "" if name is None else str(self._numbers[name])
 
+    def place(self, name: str) -> str:
+        """See `AdapterBank.place`."""
+        return self._bank.place(name)
+
     def route(self, spans: Sequence[tuple[str | None, int]] = ()) -> None:
         """The next inputs have these rows, side by side: (adapter, number of rows). None given: no adapters at all."""
         self._bank.route(spans if any(name is not None for name, _ in spans) else ())

@@ -28,13 +28,14 @@ from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.choosing import Choice
 from fledge.infer.decoding import CompiledDecoder
 from fledge.infer.paged import Pages
+from fledge.infer.quantize import assign
 from fledge.infer.runner import Runner, count_blocks, probe_sites
 from fledge.infer.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from fledge.infer.sequence import Live, Span
 from fledge.infer.shaping import check_ids
 from fledge.infer.speculate import DraftModel, NgramProposer, Speculator
 from fledge.infer.stepping import Stepper, Written
-from fledge.layers.lora import Adapter, plain_state
+from fledge.layers.lora import Adapter
 from fledge.text.tokenizer import Tokenizer
 from fledge.types import Completion, Request, TokenEvent
 
@@ -202,17 +203,10 @@ class Engine:
         """Put new values into parameters and buffers of these names, between two steps.
 
         Nothing computed with the old ones is used again: the prefix cache is emptied, and answers in progress go on
-        from the tokens they have. `UserError`, and nothing changed, for an unknown name or another shape.
+        from the tokens they have. Float weights of layers that are quantised are quantised anew. `UserError`, and
+        nothing changed, for an unknown name or another shape.
         """
-        own = plain_state(cast(nn.Module, self._model))
-        for name, value in weights.items():
-            if name not in own:
-                raise UserError(f"the model has no weight '{name}'")
-            if own[name].shape != value.shape:
-                raise UserError(f"weight '{name}' is {tuple(own[name].shape)}, got {tuple(value.shape)}")
-        with torch.no_grad():
-            for name, value in weights.items():
-                own[name].copy_(value)
+        assign(cast(nn.Module, self._model), {self._adapters.place(name): own for name, own in weights.items()})
         self._scheduler.flush()
         self._weights_version = version
 

@@ -73,7 +73,8 @@ def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     What has been replaced is quantised anew, in place. `UserError`, and nothing changed, for an unknown name or
     another shape.
     """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    # A tied head has a name of its own in every state dict.
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, value in weights.items():
         shape = _shape_of(model, name) if name not in own else tuple(own[name].shape)
         if shape is None:

@@ -230,6 +230,11 @@ class AdapterBank:
                 _replace(self._model, module_name, wrapper.base)
                 del self._wrapped[module_name]
 
+    def place(self, name: str) -> str:
+        """Where the parameter or buffer of this name (in the model without adapters) is now."""
+        module, _, leaf = name.rpartition(".")
+        return f"{module}.base.{leaf}" if module in self._wrapped else name
+
     def route(self, spans: Sequence[tuple[str | None, int]]) -> None:
         """The next inputs have these rows, side by side: (the adapter or None, how many rows). None at all: `()`."""
         rows: dict[str, list[range]] = {}

@@ -62,8 +62,8 @@ def draft_of(name: str) -> CausalModel | None:
 @pytest.mark.parametrize("who", ["n-grams", "itself", "near", "stranger"])
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "max_step_tokens": 9, "max_live": 4}])
 def test_answers_are_the_same_with_speculation(model: CausalModel, who: str, options: dict[str, int]) -> None:
-    long = replace(GREEDY, max_tokens=24)
-    prompts = [*PROMPTS, PREFIX[:4] * 4]
+    long = replace(GREEDY, max_tokens=20)
+    prompts = [*PROMPTS[2:], PREFIX[:4] * 4]
     truth = run(generate_uncached, model, prompts, long)
     engine = drafting(model, draft_of(who), **options)
     for _ in range(2):
@@ -110,8 +110,8 @@ def test_drafting_frees_everything_under_random_cancellations(model: CausalModel
 
 
 def test_sampled_tokens_follow_the_models_distribution(model: CausalModel) -> None:
-    """Chi-square over the second token of 1500 answers, which is mostly drawn after a guess."""
-    num_seeds, params = 1500, SamplingParams(max_tokens=3, temperature=1.0, top_k=6)
+    """Chi-square over the second token of 1000 answers, which is mostly drawn after a guess."""
+    num_seeds, params = 1000, SamplingParams(max_tokens=3, temperature=1.0, top_k=6)
     draft_model = near("llama-grouped", 0.01)
     engine = drafting(model, draft_model, num_draft=2, num_blocks=600, max_live=64)
     requests = [Request(str(seed), tuple(PREFIX), replace(params, seed=seed)) for seed in range(num_seeds)]
@@ -128,7 +128,7 @@ def test_sampled_tokens_follow_the_models_distribution(model: CausalModel) -> No
     probs = dict(zip(kept.indices.tolist(), kept.values.softmax(-1).tolist(), strict=True))
     assert set(seconds) <= set(probs)
     chi_square = sum((seconds[token] - total * p) ** 2 / (total * p) for token, p in probs.items())
-    assert total > 300
+    assert total > 200
     assert chi_square < 20.5  # 5 degrees of freedom: exceeded once in 1000
 
 
