@@ -33,8 +33,8 @@ from typing import Any, cast
 
 import torch
 import transformers
-from generate_speed import seconds, theirs, twin
-from roofline import Roofline
+from generate_speed import theirs, twin
+from roofline import Roofline, clocks
 from torch import nn
 
 from fledge.formats.gguf import read_gguf
@@ -52,6 +52,12 @@ from fledge.types import Request, SamplingParams
 
 PAD = 1
 _NUMBERS = count()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = clocks.now()
+    call()
+    return clocks.now() - start
 
 
 class Ids:
@@ -89,10 +95,10 @@ def steps(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPara
         began |= {event.request_id for event in engine.step()}
     found = []
     while engine.has_work:
-        start = time.perf_counter()
+        start = clocks.now()
         events = engine.step()
         if len(events) == len(prompts):  # the last steps may have fewer
-            found.append(time.perf_counter() - start)
+            found.append(clocks.now() - start)
     return statistics.median(found)
 
 
@@ -228,7 +234,8 @@ def rollout(args: argparse.Namespace) -> None:
 
 @contextmanager
 def llama_cpp(args: argparse.Namespace) -> Iterator[Callable[..., dict[str, Any]]]:
-    command = [args.llama_python, str(Path(__file__).with_name("llamacpp_worker.py")), args.gguf, str(args.threads)]
+    worker = Path(__file__).with_name("llamacpp_worker.py")
+    command = [args.llama_python, str(worker), args.gguf, str(args.threads), args.clock]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdin is not None
@@ -310,11 +317,23 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text to compare likelihoods on, in the case smollm2")
     parser.add_argument("--text-characters", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for one thread on a busy machine"
+    )
     args = parser.parse_args()
+    if args.clock == "cpu":
+        args.threads = 1
+        clocks.now = time.process_time
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tell(torch=torch.__version__, transformers=transformers.__version__, threads=args.threads, compile=args.compile)
+    tell(
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        threads=args.threads,
+        clock=args.clock,
+        compile=args.compile,
+    )
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         for name in args.case:

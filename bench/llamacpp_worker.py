@@ -3,7 +3,7 @@
     {"do": "decode", "prompt": [ids], "batch": n, "tokens": n} -> {"seconds": of the decoding steps alone}
     {"do": "nats", "rows": [[ids], ...]}                       -> {"nats": [negative log-likelihood of each row]}
 
-Needs no fledge. `PYTHON llamacpp_worker.py MODEL.gguf THREADS`.
+Needs no fledge. `PYTHON llamacpp_worker.py MODEL.gguf THREADS wall|cpu`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ CONTEXT, BATCH = 4096, 512
 
 
 class Peer:
-    def __init__(self, path: str, num_threads: int) -> None:
+    def __init__(self, path: str, num_threads: int, clock: str) -> None:
+        self._now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
         llama.llama_backend_init()
         self._model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
         self._vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
@@ -56,11 +57,11 @@ class Peer:
             last = len(prompt) - 1
             entries = [(token, i, sequence, i == last) for i, token in enumerate(prompt)]
             newest.append(int(self._run(context, entries)[0].argmax()))
-        start = time.perf_counter()
+        start = self._now()
         for step in range(tokens):
             entries = [(token, len(prompt) + step, sequence, True) for sequence, token in enumerate(newest)]
             newest = [int(row.argmax()) for row in self._run(context, entries)]
-        seconds = time.perf_counter() - start
+        seconds = self._now() - start
         llama.llama_free(context)
         return {"seconds": seconds}
 
@@ -82,7 +83,7 @@ class Peer:
 
 
 def main() -> None:
-    peer = Peer(sys.argv[1], int(sys.argv[2]))
+    peer = Peer(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     for line in sys.stdin:
         order = json.loads(line)
         answer = getattr(peer, {"decode": "decode", "nats": "nats"}[order.pop("do")])(**order)

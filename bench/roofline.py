@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +34,16 @@ extern "C" uint64_t read_all(const char* from, int64_t count, int threads) {
 """
 
 
+class Clocks:
+    """What time is measured with: the wall's, or on a machine that others use too, this process's own."""
+
+    def __init__(self) -> None:
+        self.now: Callable[[], float] = time.perf_counter
+
+
+clocks = Clocks()
+
+
 class Roofline:
     """Reads a buffer of `num_bytes` with `num_threads` threads."""
 
@@ -53,7 +64,7 @@ class Roofline:
         """The shortest of so many readings."""
         found = []
         for _ in range(times):
-            start = time.perf_counter()
+            start = clocks.now()
             self._read(*self._arguments)
-            found.append(time.perf_counter() - start)
+            found.append(clocks.now() - start)
         return min(found)
