@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -222,3 +226,15 @@ def test_a_block_that_is_not_there_is_refused() -> None:
 def test_torch_compile_traces_paged_attention() -> None:
     *case, _ = pages_case((2, 4, 2, 16, 16, 16, None), longest=40)
     torch.library.opcheck(torch.ops.fledge.paged_attention.default, (*case, 0))
+
+
+@pytest.mark.slow
+def test_the_kernels_are_right_without_the_processors_own_instructions() -> None:
+    """What other machines run: the library built for any processor of this kind gives the same numbers."""
+    if not kernels.load().is_compiled:
+        pytest.skip("there is no C++ compiler")
+    this = str(Path(__file__))
+    plain = "from fledge.infer import kernel_build as b; b.MACHINE = ()\n"
+    script = f"{plain}import sys, pytest; sys.exit(pytest.main([{this!r}, '-p', 'no:cacheprovider']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
