@@ -16,6 +16,7 @@ from fledge.errors import Interrupted, TrainingHalted, UserError, nearest
 
 COMMANDS = (
     ("raise", "raise_", "raise a model: the whole ring, or go on where it stopped"),
+    ("align", "align", "align a model: preferences, rewards, demonstrations"),
     ("chat", "chat", "talk with a model in the terminal"),
     ("complete", "complete", "continue a text"),
     ("compare", "compare", "the same prompts, several models, side by side"),

@@ -21,14 +21,15 @@ from fledge.recipes import card_format as say
 from fledge.recipes.card_curves import Steps, curves, read_metrics, thin_curve
 from fledge.recipes.card_lineage import LineageNode, read_lineage
 from fledge.recipes.card_ring import Centre, Stop, Theme, ring_svg
-from fledge.recipes.card_stages import STAGES, UNCHARTED, StageKind, kind_of
+from fledge.recipes.card_stages import STAGES, UNCHARTED, StageKind, is_alignment, kind_of, stages_of
 from fledge.recipes.report import Answer, Claim, Fact, Licence, Sample, StageReport, read_report
-from fledge.recipes.runs import Cost, read_manifest
+from fledge.recipes.runs import ALIGNED_STAGES, SERVED_STAGES, Cost, read_manifest
 from fledge.train.metrics import FLOPS_FORMULA, MFU_FORMULA
 
 FORMAT = 1
 State = Literal["finished", "unfinished", "not run"]
-_MODELS = ("ppo", "sft", "code", "pretrain")  # whose parameter count the card names, the furthest first
+# Whose parameter count the card names, the furthest first.
+_MODELS = (*ALIGNED_STAGES, *SERVED_STAGES, "reward")
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,13 @@ def build_card(run: Path) -> Card:
     for a report, manifest or metrics file that is damaged."""
     plan = _plan(run)
     metrics = read_metrics(run / "metrics.jsonl")
-    stages = tuple(_section(run, kind, metrics.get(kind.name, {}), plan) for kind in _kinds(run))
+    stages = tuple(_section(run, kind, metrics.get(kind.name, {}), plan) for kind in _kinds(run, plan))
     reports = [stage.report for stage in stages]
     counts = {report.stage: report.parameters for report in reports if report.parameters is not None}
     return Card(
         format=FORMAT,
         name=run.resolve().name,
-        recipe=_named(plan, "recipe", str),
+        recipe=_named(plan, "recipe", str) or _named(plan, "method", str),
         parameters=next((counts[name] for name in _MODELS if name in counts), None),
         seed=_named(plan, "seed", int),
         finished=_finished(run, stages),
@@ -127,9 +128,11 @@ def ring_picture(card: Card, *, theme: Theme = "auto", labelled: bool = True) ->
     return ring_svg(_centre(card), _stops(card), theme=theme, labelled=labelled)
 
 
-def _kinds(run: Path) -> list[StageKind]:
-    """The stages of the ring, then any further folder that a stage has finished."""
-    known = {kind.name for kind in STAGES}
+def _kinds(run: Path, plan: Any) -> list[StageKind]:
+    """The stages of the ring, or those of an alignment run that have begun; then any other that has finished."""
+    known = {kind.name for kind in stages_of(plan)}
+    if is_alignment(plan):
+        return [kind for kind in stages_of(plan) if (run / kind.name).is_dir()]
     others = sorted({path.parent.name for path in run.glob("*/manifest.json")} - known)
     return [*STAGES, *(kind_of(name) for name in others)]
 
@@ -207,7 +210,7 @@ def _centre(card: Card) -> Centre:
 
 def _stops(card: Card) -> list[Stop]:
     """One stop for each place in the ring; a stage that shares a place adds its cost, and its headline as a line."""
-    places = {kind.name: kind.part_of for kind in STAGES}
+    places = {kind.name: kind.part_of for kind in stages_of(card.plan)}
     stops = []
     for stage in card.stages:
         if stage.name not in places or places[stage.name] is not None:

@@ -17,10 +17,10 @@ from markupsafe import Markup
 from fledge.config import to_json
 from fledge.files import write_json, write_text
 from fledge.recipes import card_format as say
-from fledge.recipes.card import Card, StageSection, build_card, read_card, ring_picture
+from fledge.recipes.card import Card, build_card, read_card, ring_picture
 from fledge.recipes.card_lineage import lineage_svg, stage_colour
 from fledge.recipes.card_ring import FONTS, theme_variables
-from fledge.recipes.card_stages import STAGES, kind_of
+from fledge.recipes.card_stages import is_alignment, kind_of, stages_of
 from fledge.recipes.charts import NUM_COLOURS, bar_chart, interval_mark, line_chart
 from fledge.recipes.report import Cell, Interval, Table
 
@@ -74,7 +74,7 @@ def render_html(card: Card) -> str:
         "stage_colour": stage_colour,
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
     }
-    numbers = {stage.name: number for stage, number in zip(card.stages, _numbers(card.stages), strict=True)}
+    numbers = {stage.name: number for stage, number in zip(card.stages, _numbers(card), strict=True)}
     page: str = environment.get_template("card.html.j2").render(
         card=card,
         ring=Markup(ring_picture(card, theme="inherit")),
@@ -111,12 +111,14 @@ def _column(cells: Sequence[Cell], title: str) -> list[CellView]:
     return views
 
 
-def _numbers(stages: Sequence[StageSection]) -> list[str]:
+def _numbers(card: Card) -> list[str]:
     """The place of each stage in the ring ("6"), that of its guests with a letter ("6a"), "+" outside the ring."""
-    places = [kind.name for kind in STAGES if kind.part_of is None]
+    present = {stage.name for stage in card.stages}
+    kinds = [kind for kind in stages_of(card.plan) if not is_alignment(card.plan) or kind.name in present]
+    places = [kind.name for kind in kinds if kind.part_of is None]
     guests: dict[str, int] = {}
     numbers = []
-    for stage in stages:
+    for stage in card.stages:
         host = kind_of(stage.name).part_of
         if host is not None:
             numbers.append(f"{places.index(host) + 1}{'abcdef'[guests.get(host, 0)]}")

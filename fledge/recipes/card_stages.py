@@ -126,8 +126,50 @@ STAGES = (
     StageKind("evaluation", "Evaluation", "What the whole ring brought, on text and prompts never trained on."),
 )
 
+PREFERENCE = (
+    Chart("Loss", "a pair", {"loss/preference": "training", "loss/kto": "training"}),
+    Chart("Preferred by the implicit reward", "share", {"accuracy": "training"}),
+    Chart(
+        "Implicit reward",
+        "beta x log-ratio",
+        {
+            "chosen_reward": "chosen",
+            "rejected_reward": "rejected",
+            "desirable_reward": "desirable",
+            "undesirable_reward": "undesirable",
+        },
+    ),
+    *UPKEEP,
+)
+# The stages of `fledge align` in the order they may come; sft, reward and ppo are those of the ring.
+ALIGN_STAGES = (
+    StageKind("data", "Data", "Rows are read, checked and split by prompt."),
+    StageKind("reference", "Reference", "What the frozen start says to every answer, once."),
+    StageKind("samples", "Samples", "Answers are drawn and scored."),
+    StageKind("sft", "Supervised fine-tuning", "It learns to answer as shown.", LANGUAGE, short="SFT"),
+    StageKind("reward", "Reward model", "A copy learns to rank answers as people would.", RANKING),
+    StageKind("dpo", "DPO", "It learns from pairs, held near where it started.", PREFERENCE),
+    StageKind("ipo", "IPO", "It learns from pairs, held near where it started.", PREFERENCE),
+    StageKind("kto", "KTO", "It learns from answers found good or bad.", PREFERENCE),
+    StageKind("ppo", "PPO", "It is rewarded for better answers and held near where it started.", POLICY),
+    StageKind("grpo", "GRPO", "Answers to a prompt compete within their group.", POLICY),
+    StageKind("rloo", "RLOO", "Answers to a prompt compete within their group.", POLICY),
+    StageKind("best-of-n", "Best of n", "It imitates the best of several of its own answers.", LANGUAGE),
+    StageKind("feedme", "FeedME", "It imitates demonstrations and its own best answers, again and again.", LANGUAGE),
+    StageKind("outcome", "Outcome", "What it came to, on prompts it never trained on."),
+)
+
+
+def stages_of(plan: object) -> tuple[StageKind, ...]:
+    """The stages a run of this plan may have: those of the ring, or of `fledge align`."""
+    return ALIGN_STAGES if is_alignment(plan) else STAGES
+
+
+def is_alignment(plan: object) -> bool:
+    return isinstance(plan, dict) and "method" in plan
+
 
 def kind_of(name: str) -> StageKind:
     """The row of that name; for a stage unknown to the ring, one made from its name."""
-    known = {kind.name: kind for kind in STAGES}
+    known = {kind.name: kind for kind in (*ALIGN_STAGES, *STAGES)}
     return known.get(name) or StageKind(name, name.replace("_", " ").capitalize(), "")

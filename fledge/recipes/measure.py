@@ -6,6 +6,7 @@ their own, so the validation side of a source is the same for every run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -131,9 +132,17 @@ def language(loaded: LoadedModel, directory: Path, order: MeasureOrder) -> Metri
 
 
 def run_of(directory: Path) -> Path | None:
-    """The run folder that a checkpoint `RUN/STAGE/model` lies in, or None."""
+    """The folder of the ring that a checkpoint `RUN/STAGE/model` lies in, or None: not that of an alignment run, which
+    holds out prompts and no text."""
     run = directory.resolve().parent.parent
-    return run if (run / "plan.json").is_file() else None
+    path = run / "plan.json"
+    if not path.is_file():
+        return None
+    with contextlib.suppress(ValueError):  # who reads the plan says what is wrong with it
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(plan, dict) and "method" in plan:
+            return None
+    return run
 
 
 def read_plan(run: Path) -> RingPlan:

@@ -25,6 +25,8 @@ from fledge.errors import RunError, nearest
 from fledge.files import sha256_file, write_json
 
 SERVED_STAGES = ("ppo", "sft", "code", "pretrain")  # the order in which RUN alone picks its model
+# What a run of `fledge align` ends with; its folder holds one of them.
+ALIGNED_STAGES = ("dpo", "ipo", "kto", "grpo", "rloo", "best-of-n", "feedme")
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,13 @@ def resolve_model(spec: str, runs: Path = Path("runs")) -> Path:
             return path
     name, colon, stage = spec.partition(":")
     run = find_run(name, runs)
-    finished = [stage for stage in SERVED_STAGES if (run / stage / "manifest.json").is_file()]
+    stages = (*ALIGNED_STAGES, *SERVED_STAGES)
+    finished = [stage for stage in stages if (run / stage / "manifest.json").is_file()]
     if not colon and finished:
         return run / finished[0] / "model"
     have = ", ".join(reversed(finished)) or "none yet"
     if not colon:
-        raise RunError(f"run '{name}' has no finished model; go on with `fledge raise {name}`")
+        raise RunError(f"run '{name}' has no finished model to talk with; finish it with the command that began it")
     if not (run / stage / "model" / "run.json").is_file():
         raise RunError(f"run '{name}' has no model '{stage}'; finished stages with one: {have}")
     return run / stage / "model"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from fledge.config import from_json, to_json
@@ -23,7 +22,7 @@ from fledge.recipes.chats import Prompt, prompts
 from fledge.recipes.plan import FitPlan
 from fledge.recipes.report import Fact, Table
 from fledge.recipes.stage_corpus import chats_of
-from fledge.recipes.training import Context, Course, save_stage_model, train
+from fledge.recipes.training import Context, Course, chosen, save_stage_model, train
 from fledge.rl.rankings import Answer, Candidates, make_rankings, ranked_ids
 from fledge.train.compile import compiled
 from fledge.train.loop import Pairs, TrainState
@@ -148,7 +147,7 @@ def _ranking_model(context: Context, name: str, seed: int) -> None:
     objective = KWiseRanking(fit.row_length, sft.tokenizer.pad_id, num_rows=fit.rows, region=region)
 
     def batches(state: TrainState, step: int) -> Pairs:
-        return [(objective, objective.collate([examples[i] for i in _chosen(len(examples), per_step, step, seed)]))]
+        return [(objective, objective.collate([examples[i] for i in chosen(len(examples), per_step, step, seed)]))]
 
     train(context, model, Course(fit, batches))
     _normalise(model, examples, sft)
@@ -159,7 +158,7 @@ def _ranking_model(context: Context, name: str, seed: int) -> None:
         headline=Fact("pairs right", accuracy["accuracy"], "%"),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         facts=(Fact("rankings", len(examples)), Fact("epochs", plan.epochs)),
-        tables=(_accuracy_table(accuracy),),
+        tables=(accuracy_table(accuracy),),
     )
 
 
@@ -187,14 +186,6 @@ def _fit_plan(context: Context, *, num_examples: int, per_step: int) -> FitPlan:
     )
 
 
-def _chosen(count: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Which examples a step takes: one shuffled order an epoch, each example at most once in it."""
-    steps_per_epoch = max(1, count // per_step)
-    epoch, place = divmod(step, steps_per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return [int(i) for i in order[place * per_step : (place + 1) * per_step]]
-
-
 def _ids(context: Context, sft: LoadedModel, ranking: Ranking) -> RankedIds | None:
     ppo = context.plan.ppo
     return ranked_ids(ranking, sft.renderer, prompt_length=ppo.prompt_length, response_length=ppo.response_length)
@@ -216,7 +207,7 @@ def measure_accuracy(context: Context, model: ScalarModel, sft: LoadedModel) -> 
     return reward_accuracy.evaluate(score, read_rankings(context, "held_out"), seed=context.plan.seed)
 
 
-def _accuracy_table(accuracy: Metrics) -> Table:
+def accuracy_table(accuracy: Metrics) -> Table:
     rows: list[tuple[str, float | None, float | None]] = [("all pairs", accuracy["accuracy"], accuracy["pairs"])]
     for name in sorted(accuracy):
         if name.startswith("accuracy/"):

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fledge.config import from_json, to_json
 from fledge.formats.checkpoint import CheckpointInfo, load_state, save_model, save_state
+from fledge.layers.lora import plain_state
 from fledge.models.scalar import ScalarModel
 from fledge.objectives.next_token import NextToken, next_token_sums
 from fledge.recipes.plan import FitPlan, RingPlan
@@ -27,15 +29,21 @@ from fledge.train.schedule import Schedule
 from fledge.types import Metrics
 
 Context = StageContext[RingPlan]
+# `train` and what it calls ask a plan for `seed` and `save_seconds` only, so that alignment runs use them too.
+AnyContext = StageContext[Any]
 
 
 @dataclass(frozen=True)
 class Course:
-    """A fit with what belongs to its stage: the plan, batches by step, and what to do after a step."""
+    """A fit with what belongs to its stage: the plan, batches by step, and what to do after a step.
+
+    `quiet` keeps dropout off: where the loss compares with frozen log-probabilities, it would be noise (C38).
+    """
 
     fit: FitPlan
     batches: Callable[[TrainState, int], Pairs]
     callbacks: Sequence[tuple[int, Callback]] = ()
+    quiet: bool = False
 
 
 def initialised(plan: RingPlan, vocab_size: int, *, device: str = "cpu") -> nn.Module:
@@ -50,7 +58,7 @@ def initialised(plan: RingPlan, vocab_size: int, *, device: str = "cpu") -> nn.M
     return built
 
 
-def train(context: Context, model: nn.Module, course: Course) -> TrainState:
+def train(context: AnyContext, model: nn.Module, course: Course) -> TrainState:
     """Train `model` in place, from the stage's saved state if it has one. Raises Interrupted once that is saved."""
     plan = course.fit
     schedule = Schedule(plan.schedule, plan.steps, plan.warmup_steps, plan.cooldown, plan.final)
@@ -70,7 +78,7 @@ def train(context: Context, model: nn.Module, course: Course) -> TrainState:
     def keep(state: TrainState, metrics: Metrics) -> None:
         keeper.after_step(state.step, plan.steps, lambda: (state.tensors(), state.scalars()))
 
-    model.train()
+    model.train(not course.quiet)
     try:
         with context.interrupts.deferred():
             fit(
@@ -87,7 +95,15 @@ def train(context: Context, model: nn.Module, course: Course) -> TrainState:
     return state
 
 
-def record_step(context: Context, log: JsonLines, step: int, num_steps: int, metrics: Metrics) -> None:
+def chosen(count: int, per_step: int, step: int, seed: int) -> list[int]:
+    """Which examples a step takes: one shuffled order an epoch, each example at most once in it."""
+    steps_per_epoch = max(1, count // per_step)
+    epoch, place = divmod(step, steps_per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return [int(i) for i in order[place * per_step : (place + 1) * per_step]]
+
+
+def record_step(context: AnyContext, log: JsonLines, step: int, num_steps: int, metrics: Metrics) -> None:
     """One step to the stage's metrics file, to TensorBoard if asked for, and to whoever watches."""
     log.write({"stage": context.name, **metrics, "step": step})
     context.board.write({f"{context.name}/{name}": value for name, value in metrics.items()}, step)
@@ -97,7 +113,7 @@ def record_step(context: Context, log: JsonLines, step: int, num_steps: int, met
 class Keeper:
     """Saves a stage's state every `save_seconds`, and when a stop is wanted."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: AnyContext) -> None:
         self._context = context
         self._saved_at = time.monotonic()
 
@@ -126,7 +142,7 @@ def step_flops(model: nn.Module, plan: FitPlan) -> float:
     """Arithmetic of one step of this shape (train/metrics.py has the formula)."""
     any_model: Any = model
     roles = any_model.roles()
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name in roles}
+    sizes = {name: parameter.numel() for name, parameter in plain_state(model).items() if name in roles}
     trunk = any_model.trunk if isinstance(model, ScalarModel) else any_model
     return plan.rows * plan.row_length * flops_per_token(sizes, roles, trunk.config, plan.row_length)
 

@@ -190,6 +190,9 @@ def dump_batches(pairs: Pairs, path: Path) -> Path:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, a tied parameter once."""
+    """Parameters that train and persistent buffers, a tied parameter once.
+
+    What is frozen is no state: whoever goes on has it from where it came from, and beside an adapter it is most.
+    """
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())}
-    return {name: parameter.data for name, parameter in model.named_parameters()} | buffers
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad} | buffers

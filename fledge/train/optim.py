@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.errors import CheckpointError
+from fledge.layers.lora import LoraLinear
 from fledge.train.muon import Muon
 from fledge.train.rows import RowAdam
 
@@ -161,8 +162,10 @@ class OptimizerSet:
 
 
 def _roles_of(model: nn.Module) -> Mapping[str, str]:
+    """What the model says, and that the pairs of an adapter are matrices: it knows nothing of them."""
     roles: Callable[[], Mapping[str, str]] = model.roles  # type: ignore[assignment]
-    return roles()
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    return {**roles(), **{f"{name}.{side}": "matrix" for name in adapted for side in "ab"}}
 
 
 def _build(rule: Rule, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

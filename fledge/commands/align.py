@@ -1,0 +1,122 @@
+"""`fledge align METHOD MODEL --data PATH`: one method of alignment on one model, or what is left of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fledge.commands.progress import JsonLines, Lines
+from fledge.errors import ConfigError
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("align", help="align a model: preferences, rewards, demonstrations")
+    parser.add_argument("method", nargs="?", metavar="METHOD", help="dpo, grpo, ...; see --list")
+    parser.add_argument("model", nargs="?", metavar="RUN[:STAGE]", help="a run, a stage of one, or a checkpoint folder")
+    parser.add_argument("--list", action="store_true", dest="list_methods", help="show the methods and end")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="PATH", help="files to learn from")
+    parser.add_argument("--format", help="of the files (default: recognised)")
+    parser.add_argument(
+        "--held-out", type=Path, metavar="PATH", help="measure on this file, not on a part of --data"
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be used instead of stopping")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank (default: all weights)")
+    parser.add_argument(
+        "--lora-targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names"
+    )
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="RUN[:STAGE][=WEIGHT]", help="a reward model; may be repeated"
+    )
+    parser.add_argument(
+        "--verifier", action="append", default=[], metavar="NAME[=WEIGHT]", help="a verifier; may be repeated"
+    )
+    parser.add_argument(
+        "--verifier-options", metavar="JSON", help='options of the verifiers, such as {"last_number": true}'
+    )
+    parser.add_argument("--judge", metavar="RUN[:STAGE]", help="a gold judge, never trained against; stops the run")
+    parser.add_argument("--lr", type=float, help="learning rate (default: follows from the width)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
+    parser.add_argument("--plan", action="store_true", help="show the plan; run nothing")
+    parser.add_argument("--name", help="name of the run (default: MODEL-METHOD)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
+    parser.add_argument("--tensorboard", action="store_true", help="write event files as well")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0; `UserError` for an order that cannot be carried out."""
+    from fledge.config import to_json
+    from fledge.recipes.align import METHODS, align, plan_of
+
+    if args.list_methods:
+        rows = {method.name: method.summary for method in METHODS}
+        print(json.dumps(rows) if args.as_json else "\n".join(f"{name:<11}{what}" for name, what in rows.items()))
+        return 0
+    order = _order(args)
+    if args.plan:
+        print(json.dumps(to_json(plan_of(order)), indent=None if args.as_json else 2, ensure_ascii=False))
+        return 0
+    path = align(order, JsonLines() if args.as_json else Lines())
+    if args.as_json:
+        print(json.dumps({"event": "done", "run": str(path), "card": str(path / "card.html")}))
+    elif args.method == "reward":
+        print(f"{path.name}: its card is {path / 'card.html'}; use it: --reward {path.name}:reward")
+    else:
+        print(f"{path.name}: its card is {path / 'card.html'}; talk with it: fledge chat {path.name}")
+    return 0
+
+
+def _order(args: argparse.Namespace) -> Any:
+    from fledge.recipes.align import AlignOrder
+
+    if args.method is None or args.model is None:
+        raise ConfigError(
+            "which method, which model? `fledge align dpo RUN:sft --data FILE`; --list shows methods"
+        )
+    options = _json_object(args.verifier_options)
+    return AlignOrder(
+        method=args.method,
+        model=args.model,
+        data=args.data,
+        format=args.format,
+        held_out=args.held_out,
+        skip_bad=args.skip_bad,
+        lora=args.lora,
+        lora_targets=None if args.lora_targets is None else tuple(args.lora_targets),
+        rewards=[_weighed(text, "--reward") for text in args.reward],
+        verifiers=[(*_weighed(text, "--verifier"), options) for text in args.verifier],
+        judge=args.judge,
+        seed=args.seed,
+        lr=args.lr,
+        overrides=tuple(args.overrides),
+        name=args.name,
+        runs=args.runs,
+        tensorboard=args.tensorboard,
+    )
+
+
+def _weighed(text: str, option: str) -> tuple[str, float]:
+    """NAME or NAME=WEIGHT."""
+    name, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: '{weight}' is no weight; write NAME=0.5") from error
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--verifier-options is not JSON ({error}); write it as an object") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--verifier-options wants a JSON object, got {text}")
+    return found

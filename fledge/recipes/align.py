@@ -1,0 +1,214 @@
+"""Aligning a model: from what the user ordered to a finished run folder. What `fledge align` calls.
+
+    data -> (reference | samples) -> METHOD -> outcome
+
+Each method is a row of `METHODS`: what it is and which stages make it. The folder is that of every run (runs.py): a
+frozen plan, a manifest a stage, a state to go on from, metrics, samples, a card; the result is the stage METHOD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fledge
+from fledge.config import config_hash, override, to_json
+from fledge.errors import ConfigError, DataError, Interrupted, nearest
+from fledge.files import sha256_file
+from fledge.formats.checkpoint import LoadedModel
+from fledge.recipes.align_data import data_stage
+from fledge.recipes.align_models import Context, context_of, load_scorer, load_start
+from fledge.recipes.align_offline import kto_stage, preference_stage, reference_stage
+from fledge.recipes.align_outcome import outcome_stage
+from fledge.recipes.align_plan import (
+    AlignPlan,
+    DataPlan,
+    JudgePlan,
+    LoraPlan,
+    OutcomePlan,
+    RewardPart,
+    Scope,
+    StartPlan,
+    settings_of,
+    with_lr,
+)
+from fledge.recipes.card_page import write_card
+from fledge.recipes.interrupts import Interrupts
+from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
+from fledge.recipes.runs import locked, open_run
+from fledge.train.device import default_device, raise_malloc_thresholds
+from fledge.train.metrics import TensorBoard
+
+Work = Callable[[Context], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """`before`: stages between data and the method's own, by name. `is_rewarded`: it needs something that scores."""
+
+    name: str
+    summary: str
+    work: Work
+    before: tuple[tuple[str, Work], ...] = ()
+    is_rewarded: bool = False
+
+
+_REFERENCE = (("reference", reference_stage),)
+METHODS = (
+    Method("dpo", "learn from pairs, without a reward model (Rafailov et al. 2023)", preference_stage, _REFERENCE),
+    Method("ipo", "DPO that does not run away where pairs agree (Azar et al. 2023)", preference_stage, _REFERENCE),
+    Method("kto", "learn from answers found good or bad (Ethayarajh et al. 2024)", kto_stage, _REFERENCE),
+)
+
+
+def method_named(name: str) -> Method:
+    """The row of that name; `ConfigError` with the nearest name if there is none."""
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise ConfigError(f"no method '{name}'; {nearest(name, [method.name for method in METHODS])}")
+
+
+@dataclass(frozen=True)
+class AlignOrder:
+    """What the user asked for. `rewards`: (name of a reward model's run, weight); `verifiers`: (name, weight, options).
+
+    `lora` is the rank of an adapter, None trains all weights. `judge` names a reward model that is never trained
+    against.
+    """
+
+    method: str
+    model: str
+    data: Sequence[Path]
+    format: str | None = None
+    held_out: Path | None = None
+    skip_bad: bool = False
+    lora: int | None = None
+    lora_targets: tuple[str, ...] | None = None
+    rewards: Sequence[tuple[str, float]] = ()
+    verifiers: Sequence[tuple[str, float, Mapping[str, Any]]] = ()
+    judge: str | None = None
+    seed: int = 0
+    lr: float | None = None
+    overrides: Sequence[str] = ()
+    name: str | None = None
+    runs: Path = Path("runs")
+    tensorboard: bool = False
+
+
+def plan_of(order: AlignOrder) -> AlignPlan:
+    """The plan an order comes to; `UserError` before any work if it cannot be carried out."""
+    method = method_named(order.method)
+    _refuse_contradictions(order, method)
+    start = load_start(order.model, order.runs)
+    any_model: Any = start.model
+    scope = Scope(any_model.config.width, context_of(start), order.lora is not None, order.seed)
+    settings = settings_of(method.name, scope)
+    if order.lr is not None:
+        settings = with_lr(settings, order.lr)
+    lora = None if order.lora is None else LoraPlan(order.lora, 2.0 * order.lora, order.lora_targets)
+    plan = AlignPlan(
+        method=method.name,
+        seed=order.seed,
+        start=StartPlan(order.model, start.hash),
+        data=_data_plan(order),
+        lora=lora,
+        train=settings,
+        rewards=_reward_parts(order, start),
+        judge=_judge_plan(order, start),
+        outcome=OutcomePlan(max_tokens=scope.lengths[1]),
+    )
+    return override(plan, order.overrides)
+
+
+def align(order: AlignOrder, listener: Listener) -> Path:
+    """Run the method, or what is left of it, and write the card; returns the run folder.
+
+    Raises `UserError` for what cannot be used, `Interrupted` (naming the command that goes on) after Ctrl-C or SIGTERM.
+    """
+    plan = plan_of(order)
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # see recipes/raise_.py
+    raise_malloc_thresholds()
+    default_name = f"{order.model.partition(':')[0].rstrip('/').rpartition('/')[2]}-{plan.method}"
+    path, notice = open_run(order.name or default_name, {"fledge": fledge.__version__, **to_json(plan)}, order.runs)
+    if notice:
+        listener.stage("plan", "note", notice)
+    interrupts = Interrupts()
+    with locked(path), interrupts.handled():
+        board: Board = TensorBoard(path / "tensorboard") if order.tensorboard else NoBoard()
+        run = RingRun(plan, path, listener, interrupts, board, default_device(), compiled=False)
+        try:
+            run_stages(run, stages_of(plan))
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; go on with the same command") from stop
+        finally:
+            if isinstance(board, TensorBoard):
+                board.close()
+        write_card(path)
+    return path
+
+
+def stages_of(plan: AlignPlan) -> tuple[Stage[AlignPlan], ...]:
+    """The stages of a plan in the order they run."""
+    method = method_named(plan.method)
+    names = ("data", *(name for name, _ in method.before))
+    before = [Stage(name, names[: place + 1], work) for place, (name, work) in enumerate(method.before)]
+    own = Stage(method.name, names, method.work)
+    return (Stage("data", (), data_stage), *before, own, Stage("outcome", (*names, method.name), outcome_stage))
+
+
+def _refuse_contradictions(order: AlignOrder, method: Method) -> None:
+    has_reward = bool(order.rewards or order.verifiers)
+    if method.is_rewarded and not has_reward:
+        raise ConfigError(f"{method.name} needs a reward: name --reward RUN:reward, or --verifier NAME")
+    if not method.is_rewarded and has_reward:
+        raise ConfigError(f"{method.name} learns without rewards; leave out --reward and --verifier")
+    if order.lora_targets is not None and order.lora is None:
+        raise ConfigError("--lora-targets says where an adapter goes; give its rank with --lora")
+    if order.judge is not None and order.judge in {name for name, _ in order.rewards}:
+        raise ConfigError(f"--judge {order.judge} is trained against; a gold judge must be another model (C58)")
+    if not order.data:
+        raise ConfigError("nothing to learn from; name a file with --data")
+
+
+def _data_plan(order: AlignOrder) -> DataPlan:
+    files = [*order.data, *([order.held_out] if order.held_out is not None else [])]
+    for file in files:
+        if not file.exists():
+            raise DataError(f"--data {file}: there is no such file; check the path")
+    hashes = [sha256_file(inner) for file in files for inner in _files_of(file)]
+    return DataPlan(
+        paths=tuple(str(path.expanduser().resolve()) for path in order.data),
+        hash=config_hash(hashes),
+        format=order.format,
+        held_out=None if order.held_out is None else str(order.held_out.expanduser().resolve()),
+        skip_bad=order.skip_bad,
+    )
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+
+
+def _reward_parts(order: AlignOrder, start: LoadedModel) -> tuple[RewardPart, ...]:
+    models = [
+        RewardPart("model", name, weight, load_scorer(name, order.runs, start).hash) for name, weight in order.rewards
+    ]
+    verifiers = [RewardPart("verifier", name, weight, None, dict(told)) for name, weight, told in order.verifiers]
+    return (*models, *verifiers)
+
+
+def _judge_plan(order: AlignOrder, start: LoadedModel) -> JudgePlan | None:
+    if order.judge is None:
+        return None
+    judge = load_scorer(order.judge, order.runs, start)
+    if judge.hash in {part.hash for part in _reward_parts(order, start)}:
+        raise ConfigError(
+            f"--judge {order.judge} has the weights of a reward; a gold judge must be another (C58)"
+        )
+    return JudgePlan(order.judge, judge.hash)
