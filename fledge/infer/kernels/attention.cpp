@@ -50,12 +50,20 @@ void find_rows(const Pages& pages, const int64_t* table, int64_t group, const Pa
   }
 }
 
+// A head's keys lie far apart, where no hardware looks ahead: the row `ahead` of `i` is asked for in time.
+INLINE inline void prefetch(const float* base, const Rows& rows, int64_t i, int64_t ahead, int64_t count, int64_t width) {
+  if (i + ahead >= count) return;
+  const float* row = base + rows.at[i + ahead] * width;
+  for (int64_t k = 0; k < width; k += FLOATS) __builtin_prefetch(row + k);
+}
+
 // scores[r][i] = scale * q_r . k of position begin + i.
 void score(const float* q, int64_t num_shared, const Pages& pages, const Rows& rows, int64_t count, float scale,
            float (*scores)[PART]) {
   const int64_t width = pages.key_width;
   for (int64_t first = 0; first < count; first += FLOATS) {
     const float* keys[FLOATS];
+    for (int64_t i = 0; i < FLOATS; ++i) prefetch(pages.keys, rows, first + i, FLOATS, count, width);
     for (int64_t i = 0; i < FLOATS; ++i) keys[i] = pages.keys + rows.at[std::min(first + i, count - 1)] * width;
     for (int64_t r = 0; r < num_shared; ++r) {
       F32 products[FLOATS] = {};
@@ -93,6 +101,7 @@ void mix(const float (*weights)[PART], const Pages& pages, const Rows& rows, int
     unrolled<ROWS>([&](auto r) INLINE { unrolled<STRIPE>([&](auto s) INLINE { acc[r][s] = F32{}; }); });
     for (int64_t i = 0; i < count; ++i) {
       const float* value = pages.values + rows.at[i] * width + column;
+      if (column == 0) prefetch(pages.values, rows, i, FLOATS, count, width);
       unrolled<STRIPE>([&](auto s) INLINE {
         const F32 some = load(value + s * FLOATS);
         unrolled<ROWS>([&](auto r) INLINE { acc[r][s] = fma(fill(weights[r][i]), some, acc[r][s]); });
