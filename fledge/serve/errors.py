@@ -6,6 +6,7 @@ Sources: openapi 2.3.0 (`Error`), and the client's own mapping of statuses to ex
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+# How pydantic names the members of a union in a place.
+_UNION = re.compile(r"(str|int|float|bool|list|dict|constrained-\w+|(list|dict)\[.*|[A-Z]\w+)$")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -100,9 +103,11 @@ def error_response(error: ApiError) -> Response:
 
 
 def place_of(location: tuple[Any, ...]) -> str | None:
-    """`messages[0].role` for a place in a body, without the parts that say where it was looked for."""
+    """`messages[0].role` for a place in a body, without the parts that say where or as what it was looked for."""
     text = ""
     for part in location[1:]:
+        if isinstance(part, str) and _UNION.match(part):
+            continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text or None
 

@@ -145,6 +145,8 @@ class Answering:
             shape = Shape(
                 request.max_output_tokens, top_logprobs=told, grammar=grammar_of(request, toolbox, model)
             )
+            if self.is_stored:
+                await update_response(self.state.database, owner, self.id, self.body("in_progress"))
             with Generation(self.state, self.principal, model, self.model_name, self.notes) as generation:
                 await self._generate(
                     job, generation, generation.plan(request.sampling(self.model_name), prompt, shape)

@@ -27,11 +27,11 @@ async def list_completions(
     database: Database, owner: str, model: str | None, labels: dict[str, str], cursor: Cursor
 ) -> Page[CompletionRow]:
     """Those of a model, or all, that carry these metadata. `UnknownCursor` as for `read_page`."""
-    where = [CompletionRow.owner == owner, *labelled(CompletionRow.labels, labels)]
+    filters = labelled(CompletionRow.labels, labels)
     if model is not None:
-        where.append(CompletionRow.model == model)
+        filters.append(CompletionRow.model == model)
     async with database.reading() as session:
-        return await read_page(session, CompletionRow, where, cursor)
+        return await read_page(session, CompletionRow, CompletionRow.owner == owner, cursor, filters)
 
 
 async def label_completion(

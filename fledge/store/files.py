@@ -61,11 +61,9 @@ async def find_file(database: Database, owner: str, file_id: str) -> FileRow | N
 
 
 async def list_files(database: Database, owner: str, purpose: str | None, cursor: Cursor) -> Page[FileRow]:
-    where = [FileRow.owner == owner, _in_force()]
-    if purpose is not None:
-        where.append(FileRow.purpose == purpose)
+    filters = [_in_force()] if purpose is None else [_in_force(), FileRow.purpose == purpose]
     async with database.reading() as session:
-        return await read_page(session, FileRow, where, cursor)
+        return await read_page(session, FileRow, FileRow.owner == owner, cursor, filters)
 
 
 async def delete_file(database: Database, blobs: Blobs, owner: str, file_id: str) -> bool:

@@ -42,13 +42,18 @@ class Cursor:
 
 
 async def read_page(
-    session: AsyncSession, table: type[RowT], where: Sequence[ColumnElement[bool]], cursor: Cursor
+    session: AsyncSession,
+    table: type[RowT],
+    own: ColumnElement[bool],
+    cursor: Cursor,
+    filters: Sequence[ColumnElement[bool]] = (),
 ) -> Page[RowT]:
-    """The rows of `table` that fulfil `where`. `UnknownCursor` if the row `after` is none of them."""
+    """The owner's rows of `table` that pass the filters. `UnknownCursor` if the row `after` is none of the owner's;
+    it need not pass the filters itself, which what it says may have ceased to do."""
     is_falling = cursor.order == "desc"
-    query = select(table).where(*where)
+    query = select(table).where(own, *filters)
     if cursor.after is not None:
-        place = await session.scalar(select(table.seq).where(*where, table.id == cursor.after))
+        place = await session.scalar(select(table.seq).where(own, table.id == cursor.after))
         if place is None:
             raise UnknownCursor(f"no entry '{cursor.after[:100]}' in this list to go on from")
         query = query.where(table.seq < place if is_falling else table.seq > place)

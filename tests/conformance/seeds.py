@@ -1,0 +1,159 @@
+"""The rows that the tests of OpenAI's own client ask for, and how they are put back before each test.
+
+Those tests were written against a mock that answers anything; they name models, files and responses. Here these are
+aliases and rows of an ordinary database, and nothing in fledge knows them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import delete
+
+from fledge.serve.chat_answer import Delta
+from fledge.store.blobs import Blobs
+from fledge.store.database import Database
+from fledge.store.keys import KeyRequest, create_key
+from fledge.store.tables import (
+    Base,
+    CompletionRow,
+    FileRow,
+    ModelRow,
+    ResponseRow,
+    TuningCheckpointRow,
+    TuningEventRow,
+    TuningJobRow,
+)
+
+KEY, OWNER = "My API Key", "conformance"
+ALIASES = (
+    *("gpt-6-astra", "gpt-4o-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small", "model"),
+    "omni-moderation-2024-09-26",
+)
+WHEN = 1_700_000_000
+
+
+async def restore(database: Database, blobs: Blobs) -> None:
+    """Empty every table and fill it with the seeds."""
+    async with database.writing() as session:
+        for table in reversed(Base.metadata.sorted_tables):
+            await session.execute(delete(table))
+    await create_key(database, KeyRequest(OWNER), KEY)
+    digest = blobs.put(
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    async with database.writing() as session:
+        session.add_all([*_models(), *_files(digest), *_completions(), *_responses(), _job()])
+    async with database.writing() as session:
+        session.add_all(_job_parts())
+
+
+def _models() -> list[Base]:
+    name = "ft:gpt-4o-mini:acemeco:suffix:abc123"
+    return [ModelRow(id=name, created_at=WHEN, owner=OWNER, owned_by=OWNER, path="tuned")]
+
+
+def _files(digest: str) -> list[Base]:
+    about: dict[str, Any] = {
+        "created_at": WHEN,
+        "owner": OWNER,
+        "filename": "a.jsonl",
+        "bytes": 88,
+        "sha256": digest,
+    }
+    purposes = {"file_id": "fine-tune", "file-abc123": "fine-tune", "after": "batch"}
+    return [
+        FileRow(id=name, purpose=purpose, status="processed", **about) for name, purpose in purposes.items()
+    ]
+
+
+def _completions() -> list[Base]:
+    return [_completion("completion_id", "gpt-6-astra"), _completion("after", "model")]
+
+
+def _completion(name: str, model: str) -> CompletionRow:
+    said: Delta = {"role": "assistant", "content": "b", "refusal": None}
+    choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}
+    body = {"id": name, "object": "chat.completion", "created": WHEN, "model": model, "choices": [choice]}
+    messages = [
+        {"id": "after", "role": "assistant", "content": "a"},
+        {"id": "next", "role": "assistant", "content": "b"},
+    ]
+    labels = {"foo": "string"}
+    return CompletionRow(
+        id=name, created_at=WHEN, owner=OWNER, model=model, labels=labels, messages=messages, body=body
+    )
+
+
+def _responses() -> list[Base]:
+    names = ("resp_677efb5139a88190b512bc3fef8e535d", "response_id", "previous_response_id", "resp_123")
+    return [_response(name) for name in names]
+
+
+def _response(name: str) -> ResponseRow:
+    part = {"type": "output_text", "text": "b", "annotations": [], "logprobs": []}
+    said = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
+    asked = {
+        "type": "message",
+        "status": "completed",
+        "role": "user",
+        "content": [{"type": "input_text", "text": "a"}],
+    }
+    settings = {
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+    body = {
+        "id": name,
+        "object": "response",
+        "created_at": WHEN,
+        "status": "completed",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "metadata": {},
+        "model": "gpt-6-astra",
+        **settings,
+        "output": [said],
+    }
+    inputs = [{"id": "after", **asked}, {"id": "next", **asked}]
+    return ResponseRow(
+        id=name,
+        created_at=WHEN,
+        owner=OWNER,
+        status="completed",
+        is_background=True,
+        inputs=inputs,
+        body=body,
+    )
+
+
+JOB = "ft-AF1WoRqd3aJAHsqc9NY7iL8F"
+
+
+def _job() -> Base:
+    files = {"training_file": "file-abc123", "validation_file": None, "result_files": []}
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}}
+    return TuningJobRow(
+        id=JOB,
+        created_at=WHEN,
+        owner=OWNER,
+        status="running",
+        model="gpt-4o-mini",
+        seed=1,
+        method=method,
+        **files,
+    )
+
+
+def _job_parts() -> list[Base]:
+    event = {"level": "info", "type": "message", "message": "a", "data": {}}
+    checkpoint = {"model": "ft:a", "step_number": 1, "metrics": {"step": 1.0, "train_loss": 1.0}}
+    names = ("after", "next")
+    rows: list[Base] = [TuningEventRow(id=f"{name}", created_at=WHEN, job_id=JOB, **event) for name in names]
+    return rows + [
+        TuningCheckpointRow(id=f"{name}", created_at=WHEN, job_id=JOB, **checkpoint) for name in names
+    ]
