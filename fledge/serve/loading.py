@@ -40,7 +40,7 @@ class ProcessLoader:
         return size + int(self.engine.get("cache_bytes", CACHE_BYTES)) + _OVERHEAD_BYTES
 
     async def load(self, name: str, path: Path) -> ServedModel:
-        renderer, files = await asyncio.to_thread(read_renderer, path)
+        renderer, described = await asyncio.to_thread(read_renderer, path)
         process = await asyncio.to_thread(
             EngineProcess, path, self.engine, device=self.device, num_threads=self.num_threads
         )
@@ -57,14 +57,14 @@ class ProcessLoader:
             renderer,
             engine,
             context,
-            files["model.safetensors"],
+            described["files"]["model.safetensors"],
             style_of(renderer),
-            fim_ids_of(renderer.tokenizer),
+            fim_ids_of(renderer.tokenizer) if was_taught_to_fill_in(path, described) else None,
         )
 
 
-def read_renderer(path: Path) -> tuple[Renderer, dict[str, str]]:
-    """How conversations become tokens for the checkpoint at `path`, and the hashes of its files.
+def read_renderer(path: Path) -> tuple[Renderer, dict[str, Any]]:
+    """How conversations become tokens for the checkpoint at `path`, and what its run.json says.
 
     `CheckpointError` if there is none, or its tokenizer or template is not the one it was written with.
     """
@@ -80,9 +80,9 @@ def read_renderer(path: Path) -> tuple[Renderer, dict[str, str]]:
             raise CheckpointError(f"{path / name}: missing or altered; make or import the model again")
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     if "template.json" not in files:
-        return ChatRenderer(tokenizer), files
+        return ChatRenderer(tokenizer), described
     template = json.loads((path / "template.json").read_text(encoding="utf-8"))
-    return TemplateRenderer(tokenizer, from_json(ImportedTemplate, template)), files
+    return TemplateRenderer(tokenizer, from_json(ImportedTemplate, template)), described
 
 
 def style_of(renderer: Renderer) -> CallStyle:
@@ -92,6 +92,14 @@ def style_of(renderer: Renderer) -> CallStyle:
     source = renderer.template.source if isinstance(renderer, TemplateRenderer) else ""
     is_llama = '"parameters"' in source and "<tool_call>" not in source
     return STYLES["llama3" if is_llama else "hermes"]
+
+
+def was_taught_to_fill_in(path: Path, described: Mapping[str, Any]) -> bool:
+    """Whether the code stage, which trains on rearranged documents (data/fim.py), is behind the model: it is that
+    stage's own, or a later one of the same run."""
+    stage = described.get("stage")
+    has_code = (path.parent.parent / "code" / "manifest.json").is_file()
+    return stage == "code" or (has_code and stage not in ("pretrain", None) and path.name == "model")
 
 
 def fim_ids_of(tokenizer: Tokenizer) -> tuple[int, int, int] | None:

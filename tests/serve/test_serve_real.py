@@ -1,0 +1,107 @@
+"""The server over a real engine in its own process: a tiny model, whose answers are what the engine says here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+
+from fledge.config import to_json
+from fledge.formats.checkpoint import CheckpointInfo, save_model
+from fledge.models.gpt import GPT, GPTConfig
+from fledge.serve.app import make_app, make_state
+from fledge.serve.hub import ModelEntry
+from fledge.serve.loading import ProcessLoader, read_renderer
+from fledge.serve.state import ServerConfig
+from fledge.store.blobs import Blobs
+from fledge.store.database import Database, sqlite_url
+from fledge.store.keys import KeyRequest, create_key
+from fledge.text.chat import ChatRenderer
+from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
+
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+HELLO = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "rain"}],
+    "temperature": 0,
+    "max_tokens": 12,
+}
+
+
+def write_checkpoint(directory: Path) -> Path:
+    tokenizer = train_tokenizer(["the rain in the garden, 园里下雨"] * 20, TokenizerConfig(vocab_size=300))
+    model = GPT(
+        GPTConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, max_positions=256)
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.5, generator=generator)
+    hashes = {"tokenizer_hash": tokenizer.hash, "template_hash": ChatRenderer(tokenizer).hash}
+    save_model(
+        directory, model, tokenizer, CheckpointInfo("gpt", to_json(model.config), "pretrain", **hashes)
+    )
+    return directory
+
+
+async def test_a_real_model_answers_streams_scores_embeds_and_survives_kill_9(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model")
+    database = Database(sqlite_url(tmp_path / "fledge.db"))
+    await database.open()
+    key, _ = await create_key(database, KeyRequest("alice"))
+    loader = ProcessLoader({"num_blocks": 64, "block_size": 8}, num_threads=1)
+    own = [ModelEntry("tiny", 0, "fledge", path=path)]
+    state = make_state(ServerConfig(drain_seconds=1), database, Blobs(tmp_path / "blobs"), loader, own)
+    app = make_app(state)
+    transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+    headers = {"authorization": f"Bearer {key}"}
+    async with app.router.lifespan_context(app):
+        client = httpx2.AsyncClient(transport=transport, base_url="http://x", headers=headers, timeout=300)
+        async with client, state.hub.use("alice", "tiny") as model:
+            first = await _post(client, "/v1/chat/completions", HELLO)
+            assert first == await _post(client, "/v1/chat/completions", HELLO)
+            scored = {"model": "tiny", "prompt": "rain", "echo": True, "logprobs": 2, "max_tokens": 0}
+            told = (await _post(client, "/v1/completions", scored))["choices"][0]["logprobs"]
+            assert "".join(told["tokens"]) == "rain"
+            assert all(value <= 0 for value in told["token_logprobs"])
+            embedded = await _post(client, "/v1/embeddings", {"model": "tiny", "input": ["a", "b"]})
+            assert [len(one["embedding"]) for one in embedded["data"]] == [16, 16]
+            form = {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"type": "integer", "nope": 1}},
+            }
+            bad = await client.post("/v1/chat/completions", json={**HELLO, "response_format": form})
+            assert (bad.status_code, "nope" in bad.text) == (400, True)
+            process: Any = model.engine
+            os.kill(process._process.pid, signal.SIGKILL)
+            for _ in range(600):
+                answer = await client.post("/v1/chat/completions", json=HELLO)
+                if answer.status_code == 200:
+                    break
+                assert answer.status_code == 503, answer.text
+                await asyncio.sleep(0.1)
+            assert answer.json()["choices"] == first["choices"]
+    await database.close()
+
+
+async def _post(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return {name: value for name, value in found.items() if name not in ("id", "created")}
+
+
+def test_a_tokenizer_that_was_altered_is_refused(tmp_path: Path) -> None:
+    from fledge.errors import CheckpointError
+
+    path = write_checkpoint(tmp_path / "model")
+    read_renderer(path)
+    (path / "tokenizer.json").write_bytes((path / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        read_renderer(path)
