@@ -14,7 +14,7 @@ from typing import Any
 
 from fledge.serve.chat_messages import Toolbox
 from fledge.serve.engine import ServedModel
-from fledge.serve.generation import Usage
+from fledge.serve.usage import Usage
 from fledge.text.tools import CallDelta, CallReader
 from fledge.types import TokenEvent, TokenLogprobs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from fledge.serve.engine import ServedModel
 from fledge.serve.errors import refused
 from fledge.serve.sse import json_response
 from fledge.serve.state import State, state_of
+from fledge.serve.usage import Usage
 from fledge.serve.wire import Answer, FieldRule, Name, Wire, obey
 
 router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"])
@@ -72,13 +74,14 @@ async def create(
 async def _embed(
     state: State, principal: Principal, body: EmbeddingRequest, request: Request
 ) -> dict[str, Any]:
+    began = time.perf_counter()
     async with state.hub.use(principal.owner, body.model) as model:
         rows = await asyncio.to_thread(_rows, model, body)
         num_tokens = sum(map(len, rows))
         principal.budgets.charge("tokens", num_tokens)
         request.state.notes.update(principal.budgets.headers())
         vectors = _cut(await model.engine.embed(rows), body.dimensions)
-    state.metrics.generation(body.model, num_tokens, 0, 0, 0.0)
+    state.metrics.generation(body.model, Usage(prompt=num_tokens), time.perf_counter() - began)
     data = [
         {"object": "embedding", "index": i, "embedding": _spell(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)

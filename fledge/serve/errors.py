@@ -148,7 +148,8 @@ def install(app: FastAPI) -> None:
             message = f"{request.method} is not allowed here"
             found = ApiError(405, message, code="method_not_allowed", headers=error.headers)
         else:
-            found = ApiError(error.status_code, str(error.detail), headers=error.headers)
+            code = "request_too_large" if error.status_code == 413 else None
+            found = ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
         return error_response(found)
 
     for kind in (ApiError, UserError, EngineError, SQLAlchemyError, OSError):

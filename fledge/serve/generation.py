@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 from fledge.serve.auth import Principal
@@ -18,6 +18,7 @@ from fledge.serve.chat_wire import Sampling
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import ApiError, refused
 from fledge.serve.state import State
+from fledge.serve.usage import Usage
 from fledge.types import Grammar, Request, SamplingParams, TokenEvent
 
 
@@ -31,27 +32,6 @@ class Shape:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
-
-
-@dataclass
-class Usage:
-    """Tokens so far; a request of several prompts adds up."""
-
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-
-    def to_chat(self) -> dict[str, object]:
-        """As chat and plain completions tell it."""
-        details = {"reasoning_tokens": 0, "audio_tokens": 0}
-        details |= {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached, "audio_tokens": 0},
-            "completion_tokens_details": details,
-        }
 
 
 @dataclass
@@ -117,6 +97,7 @@ class Generation:
     def __exit__(self, *_: object) -> None:
         """All is over: give back what was charged and not used."""
         self.principal.budgets.give_back(self._charged - self.usage.prompt - self.usage.completion)
+        self.notes.update(self.principal.budgets.headers())
 
     async def events(self, request: Request, *, is_empty: bool = False) -> AsyncIterator[TokenEvent]:
         """What the engine says, counted. Leaving the iteration early ends the request.
@@ -129,25 +110,24 @@ class Generation:
                 yield TokenEvent(-1, 0.0, "", "length", request.id, index)
             return
         began, is_first = time.perf_counter(), True
-        before = replace(self.usage)
-        self.usage.prompt += len(request.prompt_ids)
+        own = Usage(prompt=len(request.prompt_ids))
+        self.usage.prompt += own.prompt
         try:
             async with aclosing(self.model.engine.submit(request)) as stream:
                 async for event in stream:
-                    self._count(event, began if is_first else None)
+                    self._count(own, event, began if is_first else None)
                     is_first = False
                     yield event
         finally:
-            cached, generated = self.usage.cached - before.cached, self.usage.completion - before.completion
-            seconds = time.perf_counter() - began
-            self.state.metrics.generation(self.name, len(request.prompt_ids), cached, generated, seconds)
+            self.state.metrics.generation(self.name, own, time.perf_counter() - began)
 
-    def _count(self, event: TokenEvent, began: float | None) -> None:
+    def _count(self, own: Usage, event: TokenEvent, began: float | None) -> None:
         """`began` is when the request was sent, given with its first event."""
         if began is not None:
             self.state.metrics.first_token(self.name, time.perf_counter() - began)
-        self.usage.completion += event.id >= 0
-        self.usage.cached += event.num_cached
+        for usage in (own, self.usage):
+            usage.completion += event.id >= 0
+            usage.cached += event.num_cached
         if event.finish_reason is not None:
             self.state.metrics.finished(self.name, event.finish_reason)
         if event.finish_reason == "error":
@@ -159,7 +139,7 @@ class Generation:
         needed = 1 if asked is None else asked
         if needed > room:
             message = (
-                f"This model's maximum context length is {context} tokens. Your prompt has {num_prompt} tokens and "
+                f"This model's maximum context length is {num_prompt + room} tokens. Your prompt has {num_prompt} tokens and "
                 f"you asked for {needed} more; shorten the prompt or ask for fewer"
             )
             raise refused(message, "messages", "context_length_exceeded")
@@ -171,7 +151,8 @@ class Generation:
         for key, bias in given.items():
             if bias == 0:
                 continue
-            if not (key.isascii() and key.isdigit() and int(key) < self.model.tokenizer.vocab_size):
+            is_number = key.isascii() and key.isdigit() and len(key) <= 10
+            if not (is_number and int(key) < self.model.tokenizer.vocab_size):
                 message = (
                     f"'{key[:50]}' is no token id; ids go from 0 to {self.model.tokenizer.vocab_size - 1}"
                 )

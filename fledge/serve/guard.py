@@ -14,6 +14,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fledge.serve.errors import ApiError, api_error, error_response, refused
@@ -180,7 +181,8 @@ def _limited(receive: Receive, most: int) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > most:
-            raise _too_large(most)
+            # As what the framework lets through where it reads forms.
+            raise HTTPException(413, _too_large(most).message)
         return message
 
     return counted

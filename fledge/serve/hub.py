@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fledge.errors import EngineError, UserError
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import ApiError
 from fledge.store import models as stored
@@ -156,7 +157,13 @@ class Hub:
         for old in gone:
             await _put_away(old)
         log.info("loading %s", path)
-        return await self._loader.load(str(path), path)
+        try:
+            return await self._loader.load(str(path), path)
+        except (UserError, EngineError) as error:
+            # The checkpoint is the operator's matter: the client learns nothing of paths and hashes.
+            log.error("%s cannot be loaded: %s", path, error)
+            message = "The model cannot be loaded; the server's log says why"
+            raise ApiError(503, message, code="model_unavailable") from error
 
     def _to_evict(self, path: Path, size: int) -> list[Path]:
         """Whom to put away so that `size` more bytes fit; 503 if that is not enough."""

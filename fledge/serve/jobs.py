@@ -46,6 +46,7 @@ class Job:
     status: str = stored.RUNNING
     num_readers: int = 0
     num_flushed: int = 0
+    flushed_at: float = field(default_factory=time.monotonic)
     is_filed: bool = False  # the database knows that it has ended
     ended_at: float | None = None
     task: asyncio.Task[None] | None = None
@@ -246,13 +247,13 @@ class Jobs:
     async def _flush(self, job: Job) -> None:
         status, first = job.status, job.num_flushed
         events = [event.decode() for event in job.events[first:]]
-        is_stale = time.monotonic() % (stored.DEAD_SECONDS / 4) < FLUSH_SECONDS  # a quiet job is alive too
+        is_stale = time.monotonic() - job.flushed_at > stored.DEAD_SECONDS / 4  # a quiet job is alive too
         if job.is_filed or not (events or job.is_done or is_stale):
             return
         error = None if job.error is None else job.error.body["error"]
         if await stored.add_events(self._database, job.id, first, events, status, error):
             job.cancel()
-        job.num_flushed = first + len(events)
+        job.num_flushed, job.flushed_at = first + len(events), time.monotonic()
         job.is_filed = status != stored.RUNNING
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from fledge.serve.usage import Usage
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -53,12 +55,12 @@ class Metrics:
     def finished(self, model: str, reason: str) -> None:
         self._finished.labels(model, reason).inc()
 
-    def generation(self, model: str, prompt: int, cached: int, generated: int, seconds: float) -> None:
+    def generation(self, model: str, usage: Usage, seconds: float) -> None:
         """A request to an engine is over."""
-        self._prompt.labels(model).inc(prompt)
-        self._queried.labels(model).inc(prompt)
-        self._cached.labels(model).inc(cached)
-        self._generated.labels(model).inc(generated)
+        self._prompt.labels(model).inc(usage.prompt)
+        self._queried.labels(model).inc(usage.prompt)
+        self._cached.labels(model).inc(usage.cached)
+        self._generated.labels(model).inc(usage.completion)
         self._whole.labels(model).observe(seconds)
 
     def engine(self, model: str, figures: Mapping[str, int | float | str]) -> None:

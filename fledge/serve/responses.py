@@ -158,7 +158,7 @@ class Answering:
             async for event in generation.events(asked, is_empty=self.request.max_output_tokens == 0):
                 self._take(job, event)
         finally:
-            self.usage = _usage(generation)
+            self.usage = generation.usage.to_response()
 
     def _take(self, job: Job, event: TokenEvent) -> None:
         assert self.writer is not None
@@ -254,14 +254,3 @@ def _echoed_tools(request: ResponseRequest) -> Iterator[dict[str, Any]]:
     for tool in request.tools or ():
         shown = {"type": tool.type, "name": tool.name, "description": tool.description}
         yield {**shown, "parameters": tool.parameters, "strict": bool(tool.strict)}
-
-
-def _usage(generation: Generation) -> dict[str, Any]:
-    usage = generation.usage
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt + usage.completion,
-    }

@@ -46,8 +46,9 @@ class ErrorAnswer(Answer):
     error: ErrorBody
 
 
-MetadataKey = Annotated[str, StringConstraints(max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+# PostgreSQL holds no NUL in a text.
+MetadataKey = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00]*$")]
+MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 

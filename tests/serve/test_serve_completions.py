@@ -1,0 +1,184 @@
+"""Plain completions, embeddings, files, tokens and models over the fake engine."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from serve_fakes import Server, entries, tokenizer
+
+from fledge.serve.hub import Hub, ModelEntry
+
+pytestmark = pytest.mark.anyio
+TEXT = "/v1/completions"
+
+
+def chunks(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+async def complete(client: httpx2.AsyncClient, **fields: Any) -> dict[str, Any]:
+    answer = await client.post(TEXT, json={"model": "fake", **fields})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def test_every_prompt_gets_its_n_answers_in_order(client: httpx2.AsyncClient, server: Server) -> None:
+    body = await complete(client, prompt=["a", "b"], n=2, max_tokens=3)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    read = [tokenizer().decode(request.prompt_ids) for request in server.engine.requests]
+    assert sorted(read) == ["a", "b"]
+    assert all(request.prompt_ids[0] == tokenizer().end_of_text_id for request in server.engine.requests)
+    assert body["usage"]["completion_tokens"] == 12
+
+
+async def test_token_prompts_are_read_as_they_are(client: httpx2.AsyncClient, server: Server) -> None:
+    await complete(client, prompt=[20, 21, 22])
+    assert server.engine.requests[-1].prompt_ids == (20, 21, 22)
+    assert server.engine.requests[-1].params.max_tokens == 16
+    await complete(client, prompt=[[20], [21, 22]])
+    assert {request.prompt_ids for request in server.engine.requests[-2:]} == {(20,), (21, 22)}
+
+
+async def test_echo_puts_the_prompt_and_its_logprobs_before_the_answer(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
+    server.engine.text = "xyz"
+    whole = (await complete(client, prompt="The quick", echo=True, logprobs=1, max_tokens=3))["choices"][0]
+    assert whole["text"] == "The quickxyz"
+    told = whole["logprobs"]
+    assert "".join(told["tokens"]) == whole["text"]
+    joined = [whole["text"][start:].startswith(t) for start, t in zip(told["text_offset"], told["tokens"], strict=True)]
+    assert all(joined)
+    assert len({len(values) for values in told.values()}) == 1
+    scored = (await complete(client, prompt="The quick", echo=True, logprobs=1, max_tokens=0))["choices"][0]
+    assert (scored["text"], scored["finish_reason"]) == ("The quick", "length")
+    assert scored["logprobs"]["tokens"] == told["tokens"][: len(scored["logprobs"]["tokens"])]
+    numbers = await complete(client, prompt=[20, 21], echo=True, logprobs=0, max_tokens=1)
+    assert numbers["choices"][0]["logprobs"]["token_logprobs"][0] is None  # nothing came before it
+
+
+async def test_a_stream_joins_to_the_whole(client: httpx2.AsyncClient) -> None:
+    fields = {"prompt": ["a", "b"], "n": 2, "echo": True, "max_tokens": 5}
+    whole = await complete(client, **fields)
+    options = {"include_usage": True}
+    answer = await client.post(TEXT, json={"model": "fake", **fields, "stream": True, "stream_options": options})
+    told = chunks(answer.text)
+    for choice in whole["choices"]:
+        own = [c for chunk in told for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert "".join(c["text"] for c in own) == choice["text"]
+        assert [c["finish_reason"] for c in own if c["finish_reason"]] == [choice["finish_reason"]]
+    assert (told[-1]["choices"], told[-1]["usage"]) == ([], whole["usage"])
+
+
+async def test_a_suffix_frames_the_prompt_as_it_was_taught(client: httpx2.AsyncClient, server: Server) -> None:
+    await complete(client, prompt="ab", suffix="cd")
+    shown = tokenizer().pieces(server.engine.requests[-1].prompt_ids)
+    assert [piece for piece in shown if piece.startswith("<|")] == [
+        "<|endoftext|>",
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+    ]
+    assert "".join(piece for piece in shown if not piece.startswith("<|")) == "abcd"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+        ({"prompt": "a", "best_of": 3, "stream": True}, "best_of"),
+        ({"prompt": "a", "logprobs": 6}, "logprobs"),
+        ({"prompt": [99999]}, "prompt[0]"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": "a", "max_tokens": 10**9}, "messages"),
+    ],
+)
+async def test_what_cannot_be_done_is_refused(client: httpx2.AsyncClient, fields: dict[str, Any], param: str) -> None:
+    answer = await client.post(TEXT, json={"model": "fake", **fields})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(param)
+
+
+async def test_embeddings_are_of_length_1_in_both_spellings(client: httpx2.AsyncClient) -> None:
+    body = {"model": "fake", "input": ["a", "b"], "encoding_format": "float"}
+    plain = (await client.post("/v1/embeddings", json=body)).json()["data"]
+    coded = (await client.post("/v1/embeddings", json={**body, "encoding_format": "base64"})).json()["data"]
+    for one, other in zip(plain, coded, strict=True):
+        vector = np.frombuffer(base64.b64decode(other["embedding"]), "<f4")
+        np.testing.assert_array_equal(vector, np.array(one["embedding"], np.float32))
+        assert abs(float(np.linalg.norm(vector)) - 1) < 1e-6
+    short = (await client.post("/v1/embeddings", json={**body, "dimensions": 3})).json()["data"][0]["embedding"]
+    assert len(short) == 3
+    assert abs(float(np.linalg.norm(short)) - 1) < 1e-6
+    for wrong in ({"input": ""}, {"input": []}, {"input": [99999]}, {"dimensions": 9}, {"input": "x" * 50_000}):
+        assert (await client.post("/v1/embeddings", json={**body, **wrong})).status_code == 400
+
+
+async def test_texts_become_tokens_and_back(client: httpx2.AsyncClient) -> None:
+    told = (await client.post("/tokenize", json={"model": "fake", "prompt": "Hello 你好"})).json()
+    assert told["count"] == len(told["tokens"])
+    back = await client.post("/detokenize", json={"model": "fake", "tokens": told["tokens"]})
+    assert back.json() == {"prompt": "Hello 你好"}
+    assert (await client.post("/detokenize", json={"model": "fake", "tokens": [99999]})).status_code == 400
+    messages = [{"role": "user", "content": "x"}]
+    chat = (await client.post("/tokenize", json={"model": "fake", "messages": messages, "return_token_strs": True})).json()
+    assert chat["token_strs"][-1] == "<|assistant|>"
+    assert (await client.get("/tokenizer_info")).json()["vocab_size"] == tokenizer().vocab_size
+
+
+async def test_files_come_back_as_they_went(client: httpx2.AsyncClient) -> None:
+    content = bytes(range(256)) * 5000
+    made = await client.post("/v1/files", files={"file": ("a.bin", content)}, data={"purpose": "batch"})
+    file = made.json()
+    assert (file["bytes"], file["filename"]) == (len(content), "a.bin")
+    assert (await client.get(f"/v1/files/{file['id']}/content")).content == content
+    for data in ({"purpose": "nonsense"}, {}, {"purpose": "batch", "expires_after[seconds]": "3600"}):
+        answer = await client.post("/v1/files", files={"file": ("a", b"x")}, data=data)
+        assert answer.status_code == 400, answer.text
+    seconds = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3599"}
+    assert (await client.post("/v1/files", files={"file": ("a", b"x")}, data=seconds)).status_code == 400
+    assert (await client.get("/v1/files?purpose=batch")).json()["data"][0]["id"] == file["id"]
+    assert (await client.get("/v1/files?purpose=vision")).json()["data"] == []
+
+
+async def test_metrics_count_what_was_done(client: httpx2.AsyncClient) -> None:
+    used = (await complete(client, prompt=["a", "b"], max_tokens=3))["usage"]
+    text = (await client.get("/metrics")).text
+    assert f'vllm:generation_tokens_total{{model_name="fake"}} {float(used["completion_tokens"])}' in text
+    assert f'vllm:prompt_tokens_total{{model_name="fake"}} {float(used["prompt_tokens"])}' in text
+    assert 'vllm:kv_cache_usage_perc{model_name="fake"} 0.25' in text
+
+
+async def test_models_are_loaded_on_demand_and_make_room(server: Server) -> None:
+    loader, database = server.loader, server.state.database
+    own = [*entries("a", "b", "c"), ModelEntry("alias", 0, "fledge", target="a")]
+    hub = Hub(database, loader, own, max_bytes=200)
+    async with hub.use("alice", "alias") as model:
+        assert model.name == "a"
+        async with hub.use("alice", "b"):
+            with pytest.raises(Exception, match="no memory"):
+                async with hub.use("alice", "c"):
+                    pass
+    async with hub.use("alice", "a"):
+        pass
+    async with hub.use("alice", "c"):
+        assert sorted(one.name for one in hub.loaded()) == ["a", "c"]  # b was not used for longest
+    assert [path.name for path in loader.loaded] == ["a", "b", "c"]
+    await hub.close()
+
+
+async def test_health_says_when_an_engine_is_down(client: httpx2.AsyncClient, server: Server) -> None:
+    await complete(client, prompt="a")
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    server.engine.is_ready = False
+    assert (await client.get("/health")).status_code == 503

@@ -1,0 +1,205 @@
+"""/v1/responses over the fake engine: events, chains, the background, and what is read again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx2
+import pytest
+from serve_fakes import Server, tokenizer
+
+pytestmark = pytest.mark.anyio
+PATH = "/v1/responses"
+ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}
+CALL = 'Well: <tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream, whose names and numbers are what their data say."""
+    names = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
+    found = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    assert names == [event["type"] for event in found]
+    numbers = [event["sequence_number"] for event in found]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return found
+
+
+async def until(client: httpx2.AsyncClient, name: str, status: str) -> dict[str, Any]:
+    for _ in range(400):
+        body: dict[str, Any] = (await client.get(f"{PATH}/{name}")).json()
+        if body["status"] == status:
+            return body
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{body['status']}, not {status}")
+
+
+async def test_a_response_comes_whole_and_is_kept(client: httpx2.AsyncClient, server: Server) -> None:
+    made = (await client.post(PATH, json={"input": "Hi", "metadata": {"a": "b"}})).json()
+    assert (made["status"], made["model"], made["error"]) == ("completed", "fake", None)
+    assert made["output"][0]["content"][0]["text"] == server.engine.text
+    assert made["usage"]["total_tokens"] == made["usage"]["input_tokens"] + made["usage"]["output_tokens"]
+    assert (await client.get(f"{PATH}/{made['id']}")).json() == made
+    items = (await client.get(f"{PATH}/{made['id']}/input_items")).json()["data"]
+    assert [item["content"][0]["text"] for item in items] == ["Hi"]
+    assert (await client.delete(f"{PATH}/{made['id']}")).status_code == 200
+    for answer in (await client.delete(f"{PATH}/{made['id']}"), await client.get(f"{PATH}/{made['id']}")):
+        assert answer.status_code == 404
+
+
+async def test_nothing_is_kept_where_store_is_false(client: httpx2.AsyncClient) -> None:
+    made = (await client.post(PATH, json={"input": "Hi", "store": False})).json()
+    assert (await client.get(f"{PATH}/{made['id']}")).status_code == 404
+
+
+async def test_the_events_add_up_to_the_response(client: httpx2.AsyncClient, server: Server) -> None:
+    told = events((await client.post(PATH, json={"input": "Hi", "stream": True})).text)
+    kinds = [event["type"] for event in told]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    deltas = [event["delta"] for event in told if event["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == server.engine.text
+    assert told[0]["response"]["output"] == []
+    assert told[2]["item"]["content"] == []
+    assert told[-1]["response"]["output"] == [told[-2]["item"]]
+
+
+async def test_text_and_calls_are_items_of_their_own(client: httpx2.AsyncClient, server: Server) -> None:
+    server.engine.text = CALL
+    told = events((await client.post(PATH, json={"input": "Hi", "tools": [ADD], "stream": True})).text)
+    output = told[-1]["response"]["output"]
+    assert [item["type"] for item in output] == ["message", "function_call"]
+    assert json.loads(output[1]["arguments"]) == {"x": 1}
+    done = next(event for event in told if event["type"] == "response.function_call_arguments.done")
+    assert (done["name"], done["output_index"]) == ("add", 1)
+    result = {"type": "function_call_output", "call_id": output[1]["call_id"], "output": "2"}
+    body = {"input": [result], "previous_response_id": told[-1]["response"]["id"], "tools": [ADD]}
+    assert (await client.post(PATH, json=body)).status_code == 200
+    read = tokenizer().decode(server.engine.requests[-1].prompt_ids)
+    assert read.index("Hi") < read.index('{"name": "add", "arguments": {"x": 1}}') < read.rindex("2")
+
+
+async def test_a_chain_is_read_in_order_with_the_last_instructions_alone(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
+    first = (await client.post(PATH, json={"input": "one", "instructions": "old"})).json()["id"]
+    second = (await client.post(PATH, json={"input": "two", "previous_response_id": first})).json()["id"]
+    await client.post(PATH, json={"input": "three", "previous_response_id": second, "instructions": "new"})
+    read = tokenizer().decode(server.engine.requests[-1].prompt_ids)
+    assert read == "new" + "one" + server.engine.text + "two" + server.engine.text + "three"
+    await client.delete(f"{PATH}/{first}")
+    answer = await client.post(PATH, json={"input": "four", "previous_response_id": second})
+    assert answer.status_code == 404
+
+
+async def test_an_answer_that_is_cut_is_incomplete(client: httpx2.AsyncClient) -> None:
+    made = (await client.post(PATH, json={"input": "Hi", "max_output_tokens": 2})).json()
+    assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert made["output"][0]["status"] == "incomplete"
+    none = (await client.post(PATH, json={"input": "Hi", "max_output_tokens": 0})).json()
+    assert (none["status"], none["output"][0]["content"][0]["text"]) == ("incomplete", "")
+
+
+async def test_a_stored_stream_is_told_again_from_any_event_on(client: httpx2.AsyncClient, server: Server) -> None:
+    made = (await client.post(PATH, json={"input": "Hi"})).json()
+    again = events((await client.get(f"{PATH}/{made['id']}?stream=true")).text)
+    assert again[-1]["response"] == made
+    assert "".join(e["delta"] for e in again if e["type"] == "response.output_text.delta") == server.engine.text
+    later = events((await client.get(f"{PATH}/{made['id']}?stream=true&starting_after=3")).text)
+    assert later == again[4:]
+
+
+async def test_the_background_goes_on_and_its_events_are_its_own(client: httpx2.AsyncClient, server: Server) -> None:
+    server.engine.gate, server.engine.gate_place = asyncio.Event(), 3
+    made = (await client.post(PATH, json={"input": "Hi", "background": True})).json()
+    assert (made["status"], made["output"]) == ("queued", [])
+    await until(client, made["id"], "in_progress")
+    server.engine.gate.set()
+    done = await until(client, made["id"], "completed")
+    told = events((await client.get(f"{PATH}/{made['id']}?stream=true")).text)
+    assert told[-1]["response"] == done
+    assert len([e for e in told if e["type"] == "response.output_text.delta"]) > 1
+
+
+async def test_the_background_is_cancelled_once_and_frees_its_blocks(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
+    server.engine.gate, server.engine.gate_place = asyncio.Event(), 3
+    made = (await client.post(PATH, json={"input": "Hi", "background": True})).json()
+    await until(client, made["id"], "in_progress")
+    while not server.engine.live:
+        await asyncio.sleep(0.01)
+    assert (await client.post(f"{PATH}/{made['id']}/cancel")).json()["status"] == "cancelled"
+    await until(client, made["id"], "cancelled")
+    while server.engine.live:
+        await asyncio.sleep(0.01)
+    assert len(server.engine.cancelled) == 1
+    assert (await client.post(f"{PATH}/{made['id']}/cancel")).json()["status"] == "cancelled"
+    plain = (await client.post(PATH, json={"input": "x", "max_output_tokens": 0})).json()["id"]
+    assert (await client.post(f"{PATH}/{plain}/cancel")).status_code == 400
+
+
+async def test_a_failure_in_the_background_is_the_responses(client: httpx2.AsyncClient, server: Server) -> None:
+    server.engine.dies_at = 2
+    made = (await client.post(PATH, json={"input": "Hi", "background": True})).json()
+    failed = await until(client, made["id"], "failed")
+    assert failed["error"]["code"] == "engine_unavailable"
+    told = events((await client.get(f"{PATH}/{made['id']}?stream=true")).text)
+    assert [event["type"] for event in told[-2:]] == ["response.failed", "error"]
+
+
+async def test_tokens_are_counted_as_they_would_be_read(client: httpx2.AsyncClient, server: Server) -> None:
+    body = {"input": "Hi there", "instructions": "be kind"}
+    counted = (await client.post(f"{PATH}/input_tokens", json=body)).json()["input_tokens"]
+    assert counted == (await client.post(PATH, json=body)).json()["usage"]["input_tokens"]
+
+
+async def test_truncation_drops_the_oldest_but_the_system(client: httpx2.AsyncClient, server: Server) -> None:
+    turns = [{"role": "user", "content": f"<{i}>" + "x" * 600} for i in range(10)]
+    body = {"input": turns, "instructions": "system!", "max_output_tokens": 16}
+    refused = await client.post(PATH, json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert (await client.post(PATH, json={**body, "truncation": "auto"})).status_code == 200
+    read = tokenizer().decode(server.engine.requests[-1].prompt_ids)
+    assert read.startswith("system!")
+    assert "<0>" not in read
+    assert "<9>" in read
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0]"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+    ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"input": "x", "conversation": "conv_1"}, "conversation"),
+    ({"input": "x", "prompt": {"id": "p"}}, "prompt"),
+    ({"input": "x", "background": True, "store": False}, "background"),
+    ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+    ({"input": "x", "nonsense": 1}, "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD)
+async def test_what_cannot_be_honoured_is_refused_by_name(
+    client: httpx2.AsyncClient, body: dict[str, Any], param: str
+) -> None:
+    for stream in (False, True):
+        answer = await client.post(PATH, json={**body, "stream": stream})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+async def test_huge_numbers_in_a_schema_do_no_harm(client: httpx2.AsyncClient) -> None:
+    parameters = {"type": "object", "properties": {"a": {"const": 10**40}}}
+    answer = await client.post(PATH, json={"input": "x", "tools": [{**ADD, "parameters": parameters}]})
+    assert answer.status_code in (200, 400), answer.text
