@@ -1,4 +1,4 @@
-"""The app over the fake engine, behind a real socket: `python fake_server.py FOLDER PORT`."""
+"""The app over the fake engine, behind a real socket: `python fake_server.py FOLDER PORT [LETTERS]`."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ def listening(folder: Path, engine: FakeEngine | None = None) -> Iterator[tuple[
         thread.join()
 
 
-async def main(folder: Path, port: int) -> None:
-    async with serving(folder) as server:
+async def main(folder: Path, port: int, letters: int) -> None:
+    """Prints the key; the engine says so many letters."""
+    async with serving(folder, engine=FakeEngine("q" * letters)) as server:
         print(server.keys["alice"], flush=True)  # noqa: T201
         await make_server(server.app, port).serve()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), int((sys.argv[3:] or ["200"])[0])))

@@ -1,0 +1,79 @@
+"""`fledge keys` and what `fledge serve` does before it listens."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from fledge.cli import main
+from fledge.commands.serve import _first_key, model_entries
+from fledge.commands.serving import database_url
+from fledge.errors import UserError
+from fledge.store.database import Database
+from fledge.store.keys import find_key, list_keys
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEDGE_HOME", str(tmp_path))
+    monkeypatch.delenv("FLEDGE_DATABASE_URL", raising=False)
+
+
+def test_a_key_is_shown_once_listed_without_itself_and_revoked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "create", "--owner", "alice", "--scopes", "generate,files", "--tokens-per-minute", "9"]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith("sk-fledge-")
+
+    async def owner() -> tuple[str | None, str]:
+        database = Database(database_url())
+        row = await find_key(database, key)
+        keys = await list_keys(database)
+        await database.close()
+        return None if row is None else row.owner, keys[0].id
+
+    found, key_id = asyncio.run(owner())
+    assert found == "alice"
+    assert main(["keys", "list"]) == 0
+    assert key not in capsys.readouterr().out
+    assert main(["keys", "revoke", key_id]) == 0
+    assert asyncio.run(owner())[0] is None
+    assert main(["keys", "revoke", key_id]) == 2
+
+
+@pytest.mark.parametrize("wrong", [["--scopes", "root"], ["--requests-per-minute", "0"], ["--owner", ""]])
+def test_a_key_that_makes_no_sense_is_one_line_and_exit_code_2(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "create", *wrong]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_first_key_makes_itself_on_this_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    async def start(host: str) -> None:
+        database = Database(database_url())
+        await database.open()
+        try:
+            await _first_key(database, host)
+        finally:
+            await database.close()
+
+    with pytest.raises(UserError, match="fledge keys create"):
+        asyncio.run(start("0.0.0.0"))
+    asyncio.run(start("localhost"))
+    assert "sk-fledge-" in capsys.readouterr().out
+    asyncio.run(start("0.0.0.0"))
+    asyncio.run(start("::1"))
+    assert capsys.readouterr().out == ""
+
+
+def test_models_and_aliases_have_names_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "run.json").write_text("{}")
+    model = str(tmp_path / "m")
+    entries = model_entries([model], [f"gpt-4o-mini={model}"], tmp_path)
+    assert [(entry.name, entry.target) for entry in entries] == [(model, None), ("gpt-4o-mini", model)]
+    for names, aliases in (([model], ["x"]), ([model], ["x=y"]), ([model, model], []), (["nope"], [])):
+        with pytest.raises(UserError):
+            model_entries(names, aliases, tmp_path)
