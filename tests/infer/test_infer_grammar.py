@@ -263,7 +263,7 @@ def test_what_is_written_is_valid_under_the_schema(
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=1500, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=500, suppress_health_check=list(HealthCheck))
 @given(schemas, st.integers(0, 99))
 def test_what_is_written_is_valid_under_very_many_schemas(
     compiler: GrammarCompiler, value: dict, seed: int
@@ -521,7 +521,7 @@ def test_random_grammars_are_refused_or_borne(bpe_compiler: GrammarCompiler, tex
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=5000, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck))
 @given(st.lists(fragments, max_size=40).map("".join), st.sampled_from(["regex", "lark", "pattern"]))
 def test_very_many_random_grammars_are_refused_or_borne(
     bpe_compiler: GrammarCompiler, text: str, kind: str
