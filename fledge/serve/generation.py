@@ -139,8 +139,8 @@ class Generation:
         needed = 1 if asked is None else asked
         if needed > room:
             message = (
-                f"This model's maximum context length is {num_prompt + room} tokens. Your prompt has {num_prompt} tokens and "
-                f"you asked for {needed} more; shorten the prompt or ask for fewer"
+                f"This model's maximum context length is {num_prompt + room} tokens. Your prompt has {num_prompt} "
+                f"and you asked for {needed} more; shorten the prompt or ask for fewer"
             )
             raise refused(message, "messages", "context_length_exceeded")
         return min(room, self.state.config.max_tokens) if asked is None else asked

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from serve_fakes import Server, entries, tokenizer
 
+from fledge.serve.errors import ApiError
 from fledge.serve.hub import Hub, ModelEntry
 
 pytestmark = pytest.mark.anyio
@@ -55,7 +56,10 @@ async def test_echo_puts_the_prompt_and_its_logprobs_before_the_answer(
     assert whole["text"] == "The quickxyz"
     told = whole["logprobs"]
     assert "".join(told["tokens"]) == whole["text"]
-    joined = [whole["text"][start:].startswith(t) for start, t in zip(told["text_offset"], told["tokens"], strict=True)]
+    joined = [
+        whole["text"][start:].startswith(t)
+        for start, t in zip(told["text_offset"], told["tokens"], strict=True)
+    ]
     assert all(joined)
     assert len({len(values) for values in told.values()}) == 1
     scored = (await complete(client, prompt="The quick", echo=True, logprobs=1, max_tokens=0))["choices"][0]
@@ -69,7 +73,9 @@ async def test_a_stream_joins_to_the_whole(client: httpx2.AsyncClient) -> None:
     fields = {"prompt": ["a", "b"], "n": 2, "echo": True, "max_tokens": 5}
     whole = await complete(client, **fields)
     options = {"include_usage": True}
-    answer = await client.post(TEXT, json={"model": "fake", **fields, "stream": True, "stream_options": options})
+    answer = await client.post(
+        TEXT, json={"model": "fake", **fields, "stream": True, "stream_options": options}
+    )
     told = chunks(answer.text)
     for choice in whole["choices"]:
         own = [c for chunk in told for c in chunk["choices"] if c["index"] == choice["index"]]
@@ -78,7 +84,9 @@ async def test_a_stream_joins_to_the_whole(client: httpx2.AsyncClient) -> None:
     assert (told[-1]["choices"], told[-1]["usage"]) == ([], whole["usage"])
 
 
-async def test_a_suffix_frames_the_prompt_as_it_was_taught(client: httpx2.AsyncClient, server: Server) -> None:
+async def test_a_suffix_frames_the_prompt_as_it_was_taught(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
     await complete(client, prompt="ab", suffix="cd")
     shown = tokenizer().pieces(server.engine.requests[-1].prompt_ids)
     assert [piece for piece in shown if piece.startswith("<|")] == [
@@ -103,7 +111,9 @@ async def test_a_suffix_frames_the_prompt_as_it_was_taught(client: httpx2.AsyncC
         ({"prompt": "a", "max_tokens": 10**9}, "messages"),
     ],
 )
-async def test_what_cannot_be_done_is_refused(client: httpx2.AsyncClient, fields: dict[str, Any], param: str) -> None:
+async def test_what_cannot_be_done_is_refused(
+    client: httpx2.AsyncClient, fields: dict[str, Any], param: str
+) -> None:
     answer = await client.post(TEXT, json={"model": "fake", **fields})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(param)
@@ -117,10 +127,18 @@ async def test_embeddings_are_of_length_1_in_both_spellings(client: httpx2.Async
         vector = np.frombuffer(base64.b64decode(other["embedding"]), "<f4")
         np.testing.assert_array_equal(vector, np.array(one["embedding"], np.float32))
         assert abs(float(np.linalg.norm(vector)) - 1) < 1e-6
-    short = (await client.post("/v1/embeddings", json={**body, "dimensions": 3})).json()["data"][0]["embedding"]
+    short = (await client.post("/v1/embeddings", json={**body, "dimensions": 3})).json()["data"][0][
+        "embedding"
+    ]
     assert len(short) == 3
     assert abs(float(np.linalg.norm(short)) - 1) < 1e-6
-    for wrong in ({"input": ""}, {"input": []}, {"input": [99999]}, {"dimensions": 9}, {"input": "x" * 50_000}):
+    for wrong in (
+        {"input": ""},
+        {"input": []},
+        {"input": [99999]},
+        {"dimensions": 9},
+        {"input": "x" * 50_000},
+    ):
         assert (await client.post("/v1/embeddings", json={**body, **wrong})).status_code == 400
 
 
@@ -131,7 +149,11 @@ async def test_texts_become_tokens_and_back(client: httpx2.AsyncClient) -> None:
     assert back.json() == {"prompt": "Hello 你好"}
     assert (await client.post("/detokenize", json={"model": "fake", "tokens": [99999]})).status_code == 400
     messages = [{"role": "user", "content": "x"}]
-    chat = (await client.post("/tokenize", json={"model": "fake", "messages": messages, "return_token_strs": True})).json()
+    chat = (
+        await client.post(
+            "/tokenize", json={"model": "fake", "messages": messages, "return_token_strs": True}
+        )
+    ).json()
     assert chat["token_strs"][-1] == "<|assistant|>"
     assert (await client.get("/tokenizer_info")).json()["vocab_size"] == tokenizer().vocab_size
 
@@ -163,14 +185,11 @@ async def test_models_are_loaded_on_demand_and_make_room(server: Server) -> None
     loader, database = server.loader, server.state.database
     own = [*entries("a", "b", "c"), ModelEntry("alias", 0, "fledge", target="a")]
     hub = Hub(database, loader, own, max_bytes=200)
-    async with hub.use("alice", "alias") as model:
+    async with hub.use("alice", "alias") as model, hub.use("alice", "b"):
         assert model.name == "a"
-        async with hub.use("alice", "b"):
-            with pytest.raises(Exception, match="no memory"):
-                async with hub.use("alice", "c"):
-                    pass
-    async with hub.use("alice", "a"):
-        pass
+        with pytest.raises(ApiError, match="no memory"):
+            await hub.warm("c")
+    await hub.warm("a")
     async with hub.use("alice", "c"):
         assert sorted(one.name for one in hub.loaded()) == ["a", "c"]  # b was not used for longest
     assert [path.name for path in loader.loaded] == ["a", "b", "c"]
