@@ -10,7 +10,7 @@ import torch
 
 from fledge.errors import DataError
 from fledge.evals import generation
-from fledge.rl import kl
+from fledge.objectives import kl
 from fledge.types import Completion
 
 STOP = 9
