@@ -19,7 +19,7 @@ from fledge.infer.quantize import load_model
 from fledge.recipes.measure import read_plan, run_of
 from fledge.recipes.runs import resolve_model
 from fledge.registry import family
-from fledge.text.chat import ChatRenderer, normalise
+from fledge.text.chat import Renderer, normalise
 from fledge.train.device import default_device
 from fledge.types import Completion, Conversation, Request, SamplingParams, TokenEvent
 
@@ -105,7 +105,7 @@ def load_speaker(name: str, runs: Path) -> Speaker:
     return Speaker(name, loaded, _context(loaded), Engine(model, loaded.tokenizer, EngineConfig(CACHE_BYTES)))
 
 
-def within(renderer: ChatRenderer, conversation: Conversation, room: int | None, max_tokens: int) -> tuple[int, ...]:
+def within(renderer: Renderer, conversation: Conversation, room: int | None, max_tokens: int) -> tuple[int, ...]:
     """The prompt of the longest stretch of the conversation that fits into `room` tokens; no limit if None.
 
     System messages at the head stay; exchanges, each from a user's message to the next, go oldest first.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fledge.config import from_json, to_json
 from fledge.errors import CheckpointError, ConfigError
 from fledge.formats.gguf import GGUFFile, Outgoing
-from fledge.formats.gguf_tensors import Blocks
+from fledge.formats.gguf_tensors import Blocks, stack_blocks
 from fledge.formats.huggingface import fill_parameters
 from fledge.layers.rope import Llama3Scaling, frequencies, stretch
 from fledge.registry import load_family
@@ -189,6 +189,8 @@ def _read_config(layout: Layout, file: GGUFFile) -> dict[str, Any]:
         config.setdefault("num_kv_heads", config.get("num_heads"))
     if "head_width" in fields:
         config.setdefault("head_width", _default_head_width(config))
+    if isinstance(layers := config.get("num_layers"), int) and layers > len(file.entries):
+        raise ConfigError(f"{start}block_count {layers} is more than the {len(file.entries)} tensors")
     if "is_head_tied" in fields:
         config["is_head_tied"] = HEAD not in file.entries
     _check_widths(layout, given, config)
@@ -330,7 +332,7 @@ def tensors_of(
         own = [parameters[ours].detach() for ours in place.ours]
         shape = (sum(len(part) for part in own), *own[0].shape[1:])
         rows = _turned(shape[0], head_width) if place.is_turned else None
-        kept = (blocks or {}).get(place.ours[0]) if len(own) == 1 else None
+        kept = _kept(blocks or {}, place)
         wanted = _kind_for(name, len(shape), kind or (kept.kind if kept is not None else "F32"))
         if kept is not None and kept.kind == wanted:
             yield Outgoing(name, shape, wanted, partial(_block_rows, kept, rows))
@@ -340,6 +342,13 @@ def tensors_of(
     if scaling is not None:
         divisors = _divisors(head_width, model.config.rope_base, scaling)  # type: ignore[union-attr, arg-type]
         yield Outgoing(FREQUENCIES, tuple(divisors.shape), "F32", lambda: divisors)
+
+
+def _kept(blocks: Mapping[str, Blocks], place: Place) -> Blocks | None:
+    """The stored matrix, if all its parts are there in one format."""
+    parts = [blocks[ours] for ours in place.ours if ours in blocks]
+    is_whole = len(parts) == len(place.ours) and len({part.kind for part in parts}) == 1
+    return stack_blocks(parts) if is_whole else None
 
 
 def _turned(num_rows: int, head_width: int) -> Tensor:

@@ -7,7 +7,7 @@ the K formats are Kawrakow's. Legend: N blocks, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,19 @@ class Blocks:
         """The same matrix with its rows in another order; blocks run along a row, so nothing is requantised."""
         offsets = None if self.offsets is None else self.offsets[order]
         return Blocks(self.kind, self.codes[order], self.scales[order], offsets, self.zero)
+
+
+def stack_blocks(parts: Sequence[Blocks]) -> Blocks:
+    """Matrices of one format, one below the other."""
+    first = parts[0]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return Blocks(
+        first.kind,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(offsets) if offsets else None,
+        first.zero,
+    )
 
 
 def unpack_blocks(kind: str, data: Bytes, shape: tuple[int, int]) -> Blocks:

@@ -119,6 +119,8 @@ def tokenizer_metadata(published: PublishedTokenizer, vocab_size: int) -> tuple[
     added = {token["id"]: token for token in layout["added_tokens"]}
     names = {token_id: token for token, token_id in layout["model"]["vocab"].items()}
     names |= {token_id: token["content"] for token_id, token in added.items()}
+    if max(names) >= vocab_size:
+        raise CheckpointError(f"the tokenizer has {max(names) + 1} tokens, the model {vocab_size} rows: no pair")
     types = {token_id: CONTROL if token["special"] else USER_DEFINED for token_id, token in added.items()}
     tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
     kinds = [types.get(i, NORMAL if i in names else UNUSED) for i in range(vocab_size)]

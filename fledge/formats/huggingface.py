@@ -52,6 +52,8 @@ def load_huggingface(directory: Path, *, dtype: torch.dtype = torch.float32) -> 
     config_class, model_class = load_family(family_name)
     try:
         config = from_json(config_class, _read_config(raw, make))
+        if config.num_layers > (count := len(_stored_names(directory))):  # before a million layers are built
+            raise ConfigError(f"{config.num_layers} layers, where there are {count} weights")
         with torch.device("meta"):  # shapes without memory: every parameter is replaced below
             model: nn.Module = model_class(config)
     except (ConfigError, TypeError, ValueError) as error:

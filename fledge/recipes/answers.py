@@ -12,7 +12,7 @@ from fledge.formats.checkpoint import LoadedModel
 from fledge.models.scalar import ScalarModel
 from fledge.objectives.ranking import last_scores
 from fledge.rl.sampler import EngineSampler
-from fledge.text.chat import ChatRenderer
+from fledge.text.chat import Renderer
 from fledge.train.device import precision
 from fledge.types import Completion, Conversation, SamplingParams
 
@@ -56,7 +56,7 @@ def score_answers(
     return scores
 
 
-def judge(model: ScalarModel, renderer: ChatRenderer, asked: Asked, completions: Sequence[Completion]) -> list[float]:
+def judge(model: ScalarModel, renderer: Renderer, asked: Asked, completions: Sequence[Completion]) -> list[float]:
     """Scores of answers given as completions: rendered as the assistant's turn, left open where they were cut."""
     answers = []
     for conversation, completion in zip(asked.conversations, completions, strict=True):

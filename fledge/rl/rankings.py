@@ -71,9 +71,7 @@ def rank(candidates: Candidates, size: int) -> Ranking | None:
     )
 
 
-def ranked_ids(
-    ranking: Ranking, renderer: Renderer, *, prompt_length: int, response_length: int
-) -> RankedIds | None:
+def ranked_ids(ranking: Ranking, renderer: Renderer, *, prompt_length: int, response_length: int) -> RankedIds | None:
     """A ranking as tokens, answers cut at `response_length`; those that a cut makes identical tie.
 
     None if the prompt does not fit `prompt_length`, or if no two answers of different rank are left.

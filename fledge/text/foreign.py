@@ -43,17 +43,30 @@ def parse(data: bytes) -> dict[str, Any]:
         if isinstance(layout["model"], dict) and all(
             {"id", "content", "special"} <= set(t) for t in layout["added_tokens"]
         ):
+            _refuse_broken_merges(layout["model"])
             return dict(layout)
-    except (ValueError, KeyError, TypeError):
-        pass
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, TokenizerError):
+            raise
     raise TokenizerError("not a tokenizer.json, or a damaged one; get or make the file again")
+
+
+def _refuse_broken_merges(model: Mapping[str, Any]) -> None:
+    """`TokenizerError` for a merge of tokens that the vocabulary lacks: the library would panic."""
+    vocab, prefix = model["vocab"], model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges") or ():
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if not (left in vocab and right in vocab and left + right.removeprefix(prefix) in vocab):
+            raise TokenizerError(f"damaged: merges '{left}' and '{right}', which its vocabulary lacks; fetch it again")
 
 
 def load_core(data: bytes) -> library.Tokenizer:
     """The library's tokenizer of a tokenizer.json, without padding or truncation; `TokenizerError` if it reads none."""
     try:
         core = library.Tokenizer.from_str(data.decode())
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception for whatever the library cannot read, and its panics are none
         raise TokenizerError(f"not a tokenizer.json that can be read ({error}); get or make the file again") from error
     core.no_padding()
     core.no_truncation()

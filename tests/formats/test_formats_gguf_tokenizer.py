@@ -1,0 +1,164 @@
+"""Vocabularies inside GGUF files: the words they cut, the tokens they name, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers as library
+from gguf_samples import TEXTS, VOCAB, num_ids, published
+from tokenizers import pre_tokenizers
+
+from fledge.errors import CheckpointError, TokenizerError
+from fledge.formats.gguf import INT32, Typed, read_gguf, write_gguf
+from fledge.formats.gguf_tokenizer import RULES, read_tokenizer, tokenizer_metadata
+from fledge.text.published import PublishedTokenizer, adopt_published
+from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
+
+SENTENCES = (
+    *TEXTS,
+    "We'll see 12345 birds -- they're HERE!!\n\n\n   x\t\ty  (2024)",
+    "naïve café, 鸟 and 你好；Ωμέγα… <|im_end|> don't I'D",
+    "\r\n\r\n a  b   \n  ",
+    "",
+)
+
+
+def through(path: Path, given: PublishedTokenizer, **changes: Any) -> PublishedTokenizer:
+    """Written to a file and read again; `changes` are of the keys after "tokenizer.ggml."."""
+    metadata, _ = tokenizer_metadata(given, num_ids(given.data))
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    write_gguf(path, {key: value for key, value in metadata.items() if value is not None}, [])
+    return read_tokenizer(read_gguf(path))
+
+
+@pytest.mark.parametrize("words", ["gpt2", "smollm"])
+def test_a_written_tokenizer_comes_back_with_all_that_is_said_of_it(words: str, tmp_path: Path) -> None:
+    given = published(words=words)
+    found = through(tmp_path / "t.gguf", given)
+    assert replace(found, data=b"") == replace(given, data=b"")
+    theirs, ours = (library.Tokenizer.from_str(one.data.decode()) for one in (given, found))
+    for text in SENTENCES:
+        assert ours.encode(text).ids == theirs.encode(text).ids
+    assert tokenizer_metadata(found, 10_000)[0]["tokenizer.ggml.pre"] == {"gpt2": "gpt-2"}.get(words, words)
+
+
+# The rules of published tokenizer.json files, as their makers wrote them.
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + SPACES
+PUBLISHED_WORDS: dict[str, Any] = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(library.Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "qwen2": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(library.Regex(LLAMA3.replace("{1,3}", "")), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WORDS)
+def test_the_words_of_a_named_rule_are_those_of_the_published_tokenizers(name: str, tmp_path: Path) -> None:
+    found = through(tmp_path / "t.gguf", published(), pre=name)
+    ours = library.Tokenizer.from_str(found.data.decode()).pre_tokenizer
+    for text in SENTENCES:
+        assert ours.pre_tokenize_str(text) == PUBLISHED_WORDS[name].pre_tokenize_str(text)
+    is_exact = tokenizer_metadata(found, VOCAB)
+    assert is_exact[1]
+    assert is_exact[0]["tokenizer.ggml.pre"] == name
+
+
+def test_a_file_that_names_no_rule_has_the_default_one(tmp_path: Path) -> None:
+    """llama.cpp's: punctuation apart, then GPT-2's words, digits in threes."""
+    found = through(tmp_path / "t.gguf", published(), pre=None)
+    words = library.Tokenizer.from_str(found.data.decode()).pre_tokenizer.pre_tokenize_str("ab, 12345")
+    assert [word for word, _ in words] == ["ab", ",", "Ġ", "123", "45"]
+
+
+def test_rows_without_a_token_are_written_as_unused_and_read_as_none(tmp_path: Path) -> None:
+    metadata, _ = tokenizer_metadata(published(), VOCAB + 3)
+    assert metadata["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCAB + 2}]"
+    write_gguf(tmp_path / "t.gguf", metadata, [])
+    found = read_tokenizer(read_gguf(tmp_path / "t.gguf"))
+    assert num_ids(found.data) == VOCAB
+    tokenizer, _ = adopt_published(found, VOCAB + 3)
+    assert (tokenizer.pad_id, tokenizer.vocab_size) == (VOCAB + 2, VOCAB + 3)
+
+
+def test_a_tokenizer_of_ours_has_a_rule_without_a_name() -> None:
+    ours = train_tokenizer(TEXTS, TokenizerConfig("bpe", 300))
+    metadata, is_exact = tokenizer_metadata(PublishedTokenizer(ours._data), ours.vocab_size)
+    assert (metadata["tokenizer.ggml.pre"], is_exact) == ("gpt-2", False)
+
+
+def test_only_bpe_is_written() -> None:
+    ours = train_tokenizer(TEXTS, TokenizerConfig("unigram", 400))
+    with pytest.raises(CheckpointError, match="a Unigram vocabulary has no place"):
+        tokenizer_metadata(PublishedTokenizer(ours._data), ours.vocab_size)
+
+
+def test_control_tokens_are_special_and_user_defined_ones_are_not(tmp_path: Path) -> None:
+    metadata, _ = tokenizer_metadata(published(), VOCAB)
+    kinds = list(metadata["tokenizer.ggml.token_type"].value)
+    kinds[3] = 4
+    found = through(tmp_path / "t.gguf", published(), token_type=Typed(INT32, kinds))
+    added = {token["content"]: token["special"] for token in json.loads(found.data)["added_tokens"]}
+    assert added == {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<unused>": False}
+
+
+def test_a_text_begins_with_bos_where_the_file_or_its_rule_says_so(tmp_path: Path) -> None:
+    assert not through(tmp_path / "a", published(), add_bos_token=None).begins
+    assert through(tmp_path / "b", published(), add_bos_token=True).begins
+    assert through(tmp_path / "c", published(), add_bos_token=None, pre="llama-bpe").begins
+    assert not through(tmp_path / "d", published(), add_bos_token=True, bos_token_id=None).begins
+
+
+def test_rules_have_names_of_their_own() -> None:
+    names = [name for rule in RULES for name in rule.names]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model": "llama"}, "a tokenizer of kind 'llama' is not supported"),
+        ({"model": None}, "kind None"),
+        ({"pre": "viking"}, "pre 'viking' is not supported: known are gpt-2"),
+        ({"pre": 7}, "pre 7 must be a str"),
+        ({"tokens": None}, "tokens must hold strings"),
+        ({"tokens": ["a", "a"]}, "each token once"),
+        ({"merges": None}, "merges must hold strings"),
+        ({"merges": ["a b c"]}, "is no pair"),
+        ({"token_type": Typed(INT32, [1, 2])}, "a number for each"),
+        ({"token_type": "x"}, "a number for each"),
+        ({"eos_token_id": 99_999}, "eos_token_id 99999 is outside"),
+        ({"eos_token_id": True}, "eos_token_id True must be a int"),
+        ({"add_bos_token": 1}, "add_bos_token 1 must be a bool"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=complaint):
+        through(tmp_path / "t.gguf", published(), **changes)
+
+
+def test_a_tokenizer_beyond_the_rows_of_the_model_is_not_written() -> None:
+    with pytest.raises(CheckpointError, match=f"has {VOCAB} tokens, the model {VOCAB - 1} rows"):
+        tokenizer_metadata(published(), VOCAB - 1)
+
+
+def test_merges_of_tokens_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    found = through(tmp_path / "t.gguf", published(), merges=["a b", "zz yy"])
+    with pytest.raises(TokenizerError, match="merges 'a' and 'b', which its vocabulary lacks"):
+        adopt_published(found, VOCAB)
