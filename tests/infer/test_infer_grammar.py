@@ -599,8 +599,8 @@ def ask(bpe: Tokenizer, name: str, grammar: Grammar | None, **params) -> Request
 def test_a_random_model_answers_in_valid_json_beside_free_answers(bpe: Tokenizer, engine: Engine) -> None:
     grammars = [schema(PERSON), None, Grammar("json_object"), Grammar("regex", "[a-z]{4}[0-9]")]
     requests = [
-        ask(bpe, f"{i}", grammars[i % 4], max_tokens=150, seed=i, temperature=0.0 if i > 11 else 1.0)
-        for i in range(16)
+        ask(bpe, f"{i}", grammars[i % 4], max_tokens=40 if i % 2 else 60, seed=i, temperature=float(i < 9))
+        for i in range(12)
     ]
     answers = [own for [own] in engine.generate(requests)]
     for i, answer in enumerate(answers):
@@ -611,7 +611,7 @@ def test_a_random_model_answers_in_valid_json_beside_free_answers(bpe: Tokenizer
         if i % 4 == 3:
             assert re.fullmatch("[a-z]{4}[0-9]", answer.text)
             assert len(answer.ids) <= 5
-    for i in (1, 5, 13):  # a neighbour's grammar is nothing to a free answer
+    for i in (1, 9):  # a neighbour's grammar is nothing to a free answer
         [[alone]] = engine.generate([requests[i]])
         assert alone.ids == answers[i].ids
 
@@ -672,7 +672,7 @@ def test_a_random_model_calls_tools_as_it_is_told(
     ]
     for choice, names in {"required": {"weather", "clock"}, "clock": {"clock"}}.items():
         grammar = call_grammar(tools, choice, own, is_parallel=is_parallel)
-        requests = [ask(bpe, f"{seed}", grammar, max_tokens=200, seed=seed) for seed in range(3)]
+        requests = [ask(bpe, f"{seed}", grammar, max_tokens=120, seed=seed) for seed in range(2)]
         for [answer] in engine.generate(requests):
             parts = read_calls(answer.text, own, ["weather", "clock"]).parts
             assert all(isinstance(part, CallPart) and part.name in names for part in parts)
@@ -681,7 +681,7 @@ def test_a_random_model_calls_tools_as_it_is_told(
                 jsonschema.validate(json.loads(part.arguments), PERSON)
     silent = call_grammar(tools, "none", own)
     for [answer] in engine.generate(
-        [ask(bpe, f"{seed}", silent, max_tokens=40, seed=seed) for seed in range(3)]
+        [ask(bpe, f"{seed}", silent, max_tokens=40, seed=seed) for seed in range(2)]
     ):
         assert not any(
             isinstance(part, CallPart) for part in read_calls(answer.text, own, ["weather", "clock"]).parts

@@ -224,7 +224,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from("fg"), st.dictionaries(st.text(max_size=5), json_values, max_size=3))),
     st.text(alphabet="ab \n", max_size=5),
