@@ -18,14 +18,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--list", action="store_true", dest="list_methods", help="show the methods and end")
     parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="PATH", help="files to learn from")
     parser.add_argument("--format", help="of the files (default: recognised)")
-    parser.add_argument(
-        "--held-out", type=Path, metavar="PATH", help="measure on this file, not on a part of --data"
-    )
+    parser.add_argument("--held-out", type=Path, metavar="PATH", help="measure on this file, not on a part of --data")
     parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be used instead of stopping")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank (default: all weights)")
-    parser.add_argument(
-        "--lora-targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names"
-    )
+    parser.add_argument("--lora-targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names")
     parser.add_argument(
         "--reward", action="append", default=[], metavar="RUN[:STAGE][=WEIGHT]", help="a reward model; may be repeated"
     )
@@ -74,9 +70,7 @@ def _order(args: argparse.Namespace) -> Any:
     from fledge.recipes.align import AlignOrder
 
     if args.method is None or args.model is None:
-        raise ConfigError(
-            "which method, which model? `fledge align dpo RUN:sft --data FILE`; --list shows methods"
-        )
+        raise ConfigError("which method, which model? `fledge align dpo RUN:sft --data FILE`; --list shows methods")
     options = _json_object(args.verifier_options)
     return AlignOrder(
         method=args.method,

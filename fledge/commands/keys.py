@@ -24,19 +24,13 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("keys", help="who may use the server")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="make a key and show it, once")
-    create.add_argument(
-        "--owner", default="local", help="whose files, jobs and answers it sees (default: %(default)s)"
-    )
+    create.add_argument("--owner", default="local", help="whose files, jobs and answers it sees (default: %(default)s)")
     create.add_argument("--name", default="default", help="to tell keys apart (default: %(default)s)")
-    create.add_argument(
-        "--scopes", default="all", help=f"with commas between: {', '.join(SCOPES)} (default: all)"
-    )
+    create.add_argument("--scopes", default="all", help=f"with commas between: {', '.join(SCOPES)} (default: all)")
     create.add_argument("--requests-per-minute", type=int, help="(default: no limit)")
     create.add_argument("--tokens-per-minute", type=int, help="(default: no limit)")
     create.set_defaults(run=run_create)
-    actions.add_parser("list", help="all keys, without what only their holders know").set_defaults(
-        run=run_list
-    )
+    actions.add_parser("list", help="all keys, without what only their holders know").set_defaults(run=run_list)
     revoke = actions.add_parser("revoke", help="put a key out of force, within two seconds everywhere")
     revoke.add_argument("id", metavar="KEY_ID", help="as `fledge keys list` shows it")
     revoke.set_defaults(run=run_revoke)

@@ -38,19 +38,11 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help="another name for one of the models",
     )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="of the engines, as torch calls it (default: %(default)s)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the engines, as torch calls it (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of each engine (default: as many as torch takes)")
-    parser.add_argument(
-        "--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of keys and values, for each model"
-    )
-    parser.add_argument(
-        "--memory-mb", type=int, help="for all models; those least used make room (default: no limit)"
-    )
+    parser.add_argument("--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of keys and values, for each model")
+    parser.add_argument("--memory-mb", type=int, help="for all models; those least used make room (default: no limit)")
     parser.set_defaults(run=run)
 
 
@@ -114,9 +106,7 @@ async def _first_key(database: Database, host: str) -> None:
     if any(row.revoked_at is None for row in await list_keys(database)):
         return
     if not _is_loopback(host):
-        raise UserError(
-            f"--host {host} can be reached by others and there is no key yet; `fledge keys create` first"
-        )
+        raise UserError(f"--host {host} can be reached by others and there is no key yet; `fledge keys create` first")
     key, _ = await create_key(database, KeyRequest("local", "first"))
     print(f"The first API key, shown once: {key}", flush=True)
 

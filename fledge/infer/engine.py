@@ -121,9 +121,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request; its events come from `step`. `UserError` if it can never run, and then nothing is queued."""
         self._check(request)
-        job = Job(
-            request, tuple(self._begin(request, index) for index in range(request.best_of or request.n))
-        )
+        job = Job(request, tuple(self._begin(request, index) for index in range(request.best_of or request.n)))
         self._jobs[request.id] = job
         self._num_requests += 1
         for answer in job.answers:

@@ -59,9 +59,7 @@ class GrammarMatcher:
 
     @property
     def is_finished(self) -> bool:
-        return self._is_stopped or (
-            self.failure is None and self._inner.is_stopped() and not self._inner.is_error()
-        )
+        return self._is_stopped or (self.failure is None and self._inner.is_stopped() and not self._inner.is_error())
 
     @property
     def may_stop(self) -> bool:
@@ -174,9 +172,7 @@ class GrammarCompiler:
 
     def _fill(self, rows: list[tuple[Any, int]], words_NW: Words) -> None:
         if rows:
-            self._executor.unsafe_compute_mask_ptr(
-                rows, words_NW.ctypes.data, self._num_words * 4, words_NW.shape[0]
-            )
+            self._executor.unsafe_compute_mask_ptr(rows, words_NW.ctypes.data, self._num_words * 4, words_NW.shape[0])
 
     def _fill_drafted(self, rows: list[tuple[Any, int, list[int]]], words_NW: Words) -> None:
         if rows:
@@ -193,13 +189,9 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> _Compiled:
         if grammar not in self._compiled:
             spelled = self._tried(grammar)
-            prototype = on_a_stack_of(
-                COMPILE_STACK_BYTES, lambda: new_matcher(self._library, spelled, self._limits)
-            )
+            prototype = on_a_stack_of(COMPILE_STACK_BYTES, lambda: new_matcher(self._library, spelled, self._limits))
             if prototype.is_error():
-                raise UserError(
-                    f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(prototype.get_error())}"
-                )
+                raise UserError(f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(prototype.get_error())}")
             self._compiled[grammar] = _Compiled(prototype)
             while len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
@@ -234,11 +226,7 @@ class GrammarCompiler:
         size = min(self._tokenizer.vocab_size, self._vocab_size)
         bits_NV = np.unpackbits(words_NW.view(np.uint8), axis=1, count=size, bitorder="little")
         mask_NV = torch.from_numpy(bits_NV).view(torch.bool)
-        return (
-            torch.nn.functional.pad(mask_NV, (0, self._vocab_size - size))
-            if size < self._vocab_size
-            else mask_NV
-        )
+        return torch.nn.functional.pad(mask_NV, (0, self._vocab_size - size)) if size < self._vocab_size else mask_NV
 
 
 _KINDS = {
@@ -297,9 +285,7 @@ def _refuse_unreadable(grammar: Grammar) -> None:
     try:
         size = len(grammar.text.encode())
     except UnicodeEncodeError:
-        raise UserError(
-            f"the {_KINDS[grammar.kind]} holds half a character (a lone surrogate); send UTF-8"
-        ) from None
+        raise UserError(f"the {_KINDS[grammar.kind]} holds half a character (a lone surrogate); send UTF-8") from None
     if size > MAX_BYTES:
         raise UserError(f"the {_KINDS[grammar.kind]} has {size} bytes, at most {MAX_BYTES} are taken")
 

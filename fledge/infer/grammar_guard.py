@@ -34,9 +34,7 @@ ResultT = TypeVar("ResultT")
 GUARD_STACK_BYTES = 2 << 20  # compiling in the guard; the engine gives it `COMPILE_STACK_BYTES`
 COMPILE_STACK_BYTES = 16 << 20
 WALK_TOKENS = 16
-WALL_PATIENCE = (
-    20  # wall-clock seconds waited per allowed second of processor time: others may use the machine
-)
+WALL_PATIENCE = 20  # wall-clock seconds waited per allowed second of processor time: others may use the machine
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,7 @@ class Vocabulary:
         )
         self._encode = encode or self._encode_greedily
         special = set(special_token_ids)
-        self._id_of = {
-            token: i for i, token in reversed(list(enumerate(tokens))) if token and i not in special
-        }
+        self._id_of = {token: i for i, token in reversed(list(enumerate(tokens))) if token and i not in special}
         self._longest = max(map(len, self._id_of))
 
     def __call__(self, text: str) -> list[int]:

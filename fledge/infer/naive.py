@@ -151,9 +151,7 @@ def _decode(
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     context = CacheContext(lengths, width + params.max_tokens - 1, device)
-    tokens_BT = torch.tensor(
-        [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
-    )
+    tokens_BT = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     rows = list(range(len(prompts)))  # rows[b]: which prompt stands in row b of the batch
     shapers = [Shaper(params, prompt, stop_ids, device) for prompt in prompts]
     for step in range(params.max_tokens):

@@ -45,9 +45,7 @@ class Pages:
     queries attend with: the C++ kernel where it can be had, else `attend_pages`.
     """
 
-    def __init__(
-        self, sites: Mapping[int, SiteShape], num_blocks: int, block_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, sites: Mapping[int, SiteShape], num_blocks: int, block_size: int, device: torch.device) -> None:
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         rows = (num_blocks + 1, block_size)
         self.keys = {
@@ -59,9 +57,7 @@ class Pages:
             for site, shape in sites.items()
         }
         self.attend = _best_attention(sites, device)
-        self.tokens = torch.zeros(
-            rows[0] * rows[1], dtype=torch.int64, device=device
-        )  # by slot: block * P + offset
+        self.tokens = torch.zeros(rows[0] * rows[1], dtype=torch.int64, device=device)  # by slot: block * P + offset
 
 
 @dataclass(frozen=True)
@@ -123,9 +119,7 @@ class PagedContext:
         if num_queries:
             q_QHK = q_BTHK[0, :num_queries]
             if bias is None:
-                parts.append(
-                    self._pages.attend(q_QHK, keys, values, layout.tables_QM, layout.lengths_Q, scale, window)
-                )
+                parts.append(self._pages.attend(q_QHK, keys, values, layout.tables_QM, layout.lengths_Q, scale, window))
             else:
                 parts.append(self._attend_biased(q_QHK, site, window, bias, scale))
         for chunk in layout.chunks:
@@ -148,17 +142,13 @@ class PagedContext:
         slots_T = layout.tables_NM[layout.rows_T, known_T // size] * size + known_T % size
         return torch.where(before_T >= 0, self._pages.tokens[slots_T], fill)[None]
 
-    def _attend_biased(
-        self, q_QHK: Tensor, site: int, window: int | None, bias: Tensor, scale: float
-    ) -> Tensor:
+    def _attend_biased(self, q_QHK: Tensor, site: int, window: int | None, bias: Tensor, scale: float) -> Tensor:
         """`attend_pages` with a bias on the scores."""
         layout, keys, values = self._layout, self._pages.keys[site], self._pages.values[site]
         k_QSGK, v_QSGK, mask_Q11S = _gather(keys, values, layout.tables_QM, layout.lengths_Q, window)
         num_queries, num_heads, _ = q_QHK.shape
         bias_QHS = _of_tokens(bias, slice(0, num_queries))[0].transpose(0, 1)
-        if (
-            bias_QHS.shape[2] > 1
-        ):  # blocks are whole: their width may be more or less than what the bias covers
+        if bias_QHS.shape[2] > 1:  # blocks are whole: their width may be more or less than what the bias covers
             num_seen = k_QSGK.shape[1]
             bias_QHS = F.pad(bias_QHS[..., :num_seen], (0, max(0, num_seen - bias_QHS.shape[2])))
         bias_QGRS = bias_QHS.expand(-1, num_heads, -1).unflatten(1, (k_QSGK.shape[2], -1))

@@ -122,9 +122,7 @@ class Runner:
             rows_T=rows_T,
             positions_T=np.arange(len(rows_T)) - np.repeat(firsts - starts, counts),
             tables_NM=self._tables.of(spans, self.pages.block_size),
-            tokens_T=np.fromiter(
-                chain.from_iterable(map(_tokens_of, spans)), dtype=np.int64, count=len(rows_T)
-            ),
+            tokens_T=np.fromiter(chain.from_iterable(map(_tokens_of, spans)), dtype=np.int64, count=len(rows_T)),
         )
 
     def _lay_out(self, spans: Sequence[Span]) -> tuple[Layout, Tensor]:

@@ -118,9 +118,7 @@ def _filter(scores_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         rows = [row for row, setting in enumerate(settings) if setting is not None]
         if not rows:
             continue
-        setting_B = torch.tensor(
-            [settings[row] for row in rows], dtype=torch.float64, device=scores_BV.device
-        )
+        setting_B = torch.tensor([settings[row] for row in rows], dtype=torch.float64, device=scores_BV.device)
         setting_B1 = setting_B[:, None]
         if len(rows) == len(params):
             scores_BV = stage(scores_BV, setting_B1)
@@ -153,9 +151,7 @@ def _keep_nucleus(scores_BV: Tensor, top_p_B1: Tensor) -> Tensor:
     return _at_least(scores_BV, edge_B1)
 
 
-def _nucleus_edge(
-    scores_BV: Tensor, whole_B1: Tensor, top_p_B1: Tensor, num_best: int
-) -> tuple[Tensor, Tensor]:
+def _nucleus_edge(scores_BV: Tensor, whole_B1: Tensor, top_p_B1: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
     """(edge_B1, is_found_B1): the lowest score in the nucleus, if it ends within the `num_best` best scores.
 
     `whole_B1` is the logarithm of the sum of all weights.

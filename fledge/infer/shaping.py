@@ -92,6 +92,4 @@ def check_ids(params: SamplingParams, vocab_size: int) -> None:
             f"allowed_ids and logit_bias name ids {min(named)} to {max(named)}, the model knows 0 to {vocab_size - 1}"
         )
     if any(bias == math.inf for _, bias in params.logit_bias):
-        raise UserError(
-            "a logit_bias of infinity leaves nothing to draw from; use allowed_ids, or a finite bias"
-        )
+        raise UserError("a logit_bias of infinity leaves nothing to draw from; use allowed_ids, or a finite bias")

@@ -162,9 +162,7 @@ class DraftModel:
         num_needed = len(live.tokens) + wish.limit
         if longest is not None and num_needed > longest:
             return None
-        shadow = self._shadows.setdefault(
-            live.id, _Shadow(Live(live.id, [], live.num_prompt, live.max_tokens))
-        )
+        shadow = self._shadows.setdefault(live.id, _Shadow(Live(live.id, [], live.num_prompt, live.max_tokens)))
         own, place = shadow.live, shadow.num_sure
         while place < min(own.num_computed, len(live.tokens) - 1) and own.tokens[place] == live.tokens[place]:
             place += 1  # what was guessed before and came true is read already
@@ -190,9 +188,7 @@ class DraftModel:
         order = in_running_order(list(spans.values()))
         states = self._runner.run(order, [1] * len(order))
         state_of = {span.live.id: state for span, state in zip(order, states, strict=True)}
-        logits: Tensor = self._model.unembed(
-            torch.cat([state_of[shadow.id] for shadow, _, _ in going])[None]
-        )[0]
+        logits: Tensor = self._model.unembed(torch.cat([state_of[shadow.id] for shadow, _, _ in going])[None])[0]
         rows = [
             Row(wish.answer.params, wish.answer.shaper, wish.answer.uniform(len(ahead)), ahead)
             for _, wish, ahead in going

@@ -65,22 +65,15 @@ class Stepper:
         rows = [row for span, of in drawing for row in _rows(span, of.answer, masks.get(span.live.id))]
         choices = choose(logits_WV, rows, self.banned)
         ends = accumulate(1 + span.num_draft for span, _ in drawing)
-        return [
-            (span, choices[end - 1 - span.num_draft : end])
-            for (span, _), end in zip(drawing, ends, strict=True)
-        ]
+        return [(span, choices[end - 1 - span.num_draft : end]) for (span, _), end in zip(drawing, ends, strict=True)]
 
     def _forward(self, spans: Sequence[Span], own: Sequence[Written]) -> Tensor:
         """logits_WV of the positions that are drawn after, span after span; (0, 0) if there is none."""
-        if not self._adapters.names and all(
-            span.count == 1 + span.num_draft and span.draws for span in spans
-        ):
+        if not self._adapters.names and all(span.count == 1 + span.num_draft and span.draws for span in spans):
             logits_TV = self._runner.decode(spans)
             if logits_TV is not None:
                 return logits_TV
-        self._adapters.route(
-            [(of.answer.request.adapter, span.count) for span, of in zip(spans, own, strict=True)]
-        )
+        self._adapters.route([(of.answer.request.adapter, span.count) for span, of in zip(spans, own, strict=True)])
         states = self._runner.run(spans, [_num_wanted(span, of) for span, of in zip(spans, own, strict=True)])
         drawn: list[Tensor] = []
         owners: list[tuple[str | None, int]] = []

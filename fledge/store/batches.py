@@ -31,9 +31,7 @@ async def list_batches(database: Database, owner: str, cursor: Cursor) -> Page[B
 async def open_batches(database: Database) -> list[BatchRow]:
     """Those that have not ended, of all owners, oldest first: what a server that starts goes on with."""
     async with database.reading() as session:
-        found = await session.scalars(
-            select(BatchRow).where(BatchRow.status.in_(OPEN)).order_by(BatchRow.seq)
-        )
+        found = await session.scalars(select(BatchRow).where(BatchRow.status.in_(OPEN)).order_by(BatchRow.seq))
         return list(found.all())
 
 

@@ -48,9 +48,7 @@ class Database:
         try:
             self._engine = _connect(self._url)
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"PostgreSQL needs psycopg: pip install 'fledge[postgres]' ({error})"
-            ) from error
+            raise ConfigError(f"PostgreSQL needs psycopg: pip install 'fledge[postgres]' ({error})") from error
 
     async def open(self) -> None:
         """Bring the tables up to date. `RunError` if the database cannot be reached or is of a newer fledge."""
@@ -63,9 +61,7 @@ class Database:
                     await connection.run_sync(_migrate)
         except OperationalError as error:
             shown = self._url.render_as_string(hide_password=True)
-            raise RunError(
-                f"the database {shown} cannot be used: {error.orig}; see FLEDGE_DATABASE_URL"
-            ) from error
+            raise RunError(f"the database {shown} cannot be used: {error.orig}; see FLEDGE_DATABASE_URL") from error
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncSession]:
@@ -89,9 +85,7 @@ def _with_driver(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise ConfigError(
-            "the database's URL cannot be read; write sqlite:///PATH or postgresql://..."
-        ) from None
+        raise ConfigError("the database's URL cannot be read; write sqlite:///PATH or postgresql://...") from None
     name = parsed.get_backend_name() if parsed.drivername not in _DRIVERS else parsed.drivername
     if name not in _DRIVERS:
         raise ConfigError(

@@ -55,9 +55,7 @@ async def add_file(database: Database, writer: BlobWriter, new: NewFile) -> File
 
 async def find_file(database: Database, owner: str, file_id: str) -> FileRow | None:
     async with database.reading() as session:
-        return await session.scalar(
-            select(FileRow).where(FileRow.owner == owner, FileRow.id == file_id, _in_force())
-        )
+        return await session.scalar(select(FileRow).where(FileRow.owner == owner, FileRow.id == file_id, _in_force()))
 
 
 async def list_files(database: Database, owner: str, purpose: str | None, cursor: Cursor) -> Page[FileRow]:

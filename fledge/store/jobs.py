@@ -48,17 +48,13 @@ async def add_events(
     touched = (
         update(JobRow)
         .where(JobRow.id == job_id)
-        .values(
-            status=status, touched_at=now(), finished_at=None if status == RUNNING else now(), error=error
-        )
+        .values(status=status, touched_at=now(), finished_at=None if status == RUNNING else now(), error=error)
         .returning(JobRow.is_cancel_wanted)
     )
     async with database.writing() as session:
         wanted = await session.scalar(touched)
         if wanted is not None:  # else the job was deleted meanwhile
-            session.add_all(
-                JobEventRow(job_id=job_id, number=first + i, data=data) for i, data in enumerate(events)
-            )
+            session.add_all(JobEventRow(job_id=job_id, number=first + i, data=data) for i, data in enumerate(events))
     return bool(wanted)
 
 

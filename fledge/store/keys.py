@@ -37,9 +37,7 @@ class KeyRequest:
     def __post_init__(self) -> None:
         unknown = [scope for scope in self.scopes if scope not in SCOPES]
         if unknown or not self.scopes:
-            raise UserError(
-                f"a key's scopes are among {', '.join(SCOPES)}, got {', '.join(unknown) or 'none'}"
-            )
+            raise UserError(f"a key's scopes are among {', '.join(SCOPES)}, got {', '.join(unknown) or 'none'}")
         if not 1 <= len(self.owner) <= 255 or not 1 <= len(self.name) <= 255:
             raise UserError("a key's owner and name have 1 to 255 characters")
         budgets = (self.requests_per_minute, self.tokens_per_minute)

@@ -37,9 +37,7 @@ async def register_model(
 ) -> ModelRow:
     """Give a name to the checkpoint at `path`, or to the model `target`."""
     assert (path is None) != (target is None)
-    row = ModelRow(
-        id=name, created_at=now(), owner=owner, owned_by=owner or "fledge", path=path, target=target
-    )
+    row = ModelRow(id=name, created_at=now(), owner=owner, owned_by=owner or "fledge", path=path, target=target)
     row.job_id = job_id
     async with database.writing() as session:
         session.add(row)

@@ -25,9 +25,7 @@ async def find_response(database: Database, owner: str, response_id: str) -> Res
         )
 
 
-async def update_response(
-    database: Database, owner: str, response_id: str, body: dict[str, Any]
-) -> ResponseRow | None:
+async def update_response(database: Database, owner: str, response_id: str, body: dict[str, Any]) -> ResponseRow | None:
     """Replace the body, and the status by the body's; None if the response has been deleted meanwhile."""
     changed = (
         update(ResponseRow)
@@ -41,9 +39,7 @@ async def update_response(
 
 async def delete_response(database: Database, owner: str, response_id: str) -> bool:
     gone = (
-        delete(ResponseRow)
-        .where(ResponseRow.owner == owner, ResponseRow.id == response_id)
-        .returning(ResponseRow.id)
+        delete(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == response_id).returning(ResponseRow.id)
     )
     async with database.writing() as session:
         return (await session.scalar(gone)) is not None
@@ -57,9 +53,7 @@ async def chain_of(database: Database, owner: str, response_id: str) -> list[Res
         while wanted is not None:
             if len(chain) == MAX_CHAIN:
                 raise UserError(f"a conversation of more than {MAX_CHAIN} responses; begin a new one")
-            row = await session.scalar(
-                select(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == wanted)
-            )
+            row = await session.scalar(select(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == wanted))
             if row is None:
                 return None
             chain.append(row)

@@ -26,9 +26,7 @@ async def add_tuning_job(database: Database, row: TuningJobRow) -> None:
 
 async def find_tuning_job(database: Database, owner: str, job_id: str) -> TuningJobRow | None:
     async with database.reading() as session:
-        return await session.scalar(
-            select(TuningJobRow).where(TuningJobRow.owner == owner, TuningJobRow.id == job_id)
-        )
+        return await session.scalar(select(TuningJobRow).where(TuningJobRow.owner == owner, TuningJobRow.id == job_id))
 
 
 async def list_tuning_jobs(
@@ -68,9 +66,7 @@ async def list_tuning_events(database: Database, job_id: str, cursor: Cursor) ->
         return await read_page(session, TuningEventRow, TuningEventRow.job_id == job_id, cursor)
 
 
-async def list_tuning_checkpoints(
-    database: Database, job_id: str, cursor: Cursor
-) -> Page[TuningCheckpointRow]:
+async def list_tuning_checkpoints(database: Database, job_id: str, cursor: Cursor) -> Page[TuningCheckpointRow]:
     """Of a job whose owner has been checked."""
     async with database.reading() as session:
         return await read_page(session, TuningCheckpointRow, TuningCheckpointRow.job_id == job_id, cursor)

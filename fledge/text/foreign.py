@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from fledge.errors import TokenizerError
 from fledge.text.subwords import NAMED_SPECIAL_TOKENS, REQUIRED_SPECIAL_TOKENS, byte_alphabet
 
+NEW_PAD = "<|fledge_pad|>"  # the published name of padding that no published token serves as
 BYTES_OUTSIDE_UTF8 = (
     0xFF,
     0xFE,
@@ -152,7 +153,7 @@ def give_back(data: bytes, names: Mapping[str, str]) -> bytes:
     layout = parse(data)
     theirs = {ours: name for name, ours in names.items()}
     pad = theirs["<|pad|>"]
-    was_ours = pad == "<|pad|>"
+    was_ours = pad == NEW_PAD
     layout["added_tokens"] = [
         {**token, "content": theirs.get(token["content"], token["content"])}
         for token in layout["added_tokens"]
@@ -176,7 +177,7 @@ def _refuse_other_models(ids: Mapping[str, int], vocab_size: int) -> None:
 def _unused(layout: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int, used: Collection[str]) -> str:
     """A token that text never holds; a new name if a row of the model has no token."""
     if len(set(ids.values())) < vocab_size:
-        return "<|pad|>"
+        return NEW_PAD
     letters = {letter for merge in layout["model"].get("merges", ()) for part in merge for letter in part}
     bytes_left = [char for byte in BYTES_OUTSIDE_UTF8 if (char := byte_alphabet()[byte]) in ids and char not in letters]
     special = [

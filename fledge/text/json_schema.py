@@ -105,9 +105,7 @@ def _places(schema: Schema) -> Iterator[tuple[tuple[str, ...], Any]]:
     while waiting:
         path, place = waiting.pop()
         if not isinstance(place, dict | bool):
-            raise UserError(
-                f"{_where(path)} must be a schema (an object, true or false), got {_short(place)}"
-            )
+            raise UserError(f"{_where(path)} must be a schema (an object, true or false), got {_short(place)}")
         yield path, place
         if isinstance(place, dict):
             waiting += _inner(path, place)
@@ -161,9 +159,7 @@ def _refuse_unknown(place: Schema, path: tuple[str, ...]) -> None:
             raise UserError(
                 f"JSON schema keyword '{key}' at {_where(path)} cannot be enforced; leave it out and check the answer"
             )
-        raise UserError(
-            f"no JSON schema keyword '{_word(key)}' (at {_where(path)}) is known; {nearest(key, ENFORCED)}"
-        )
+        raise UserError(f"no JSON schema keyword '{_word(key)}' (at {_where(path)}) is known; {nearest(key, ENFORCED)}")
     kinds = place.get("type", ())
     for kind in [kinds] if not isinstance(kinds, list | tuple) else kinds:
         if kind not in TYPES:
@@ -180,9 +176,7 @@ def _refuse_wrong_ref(place: Schema, path: tuple[str, ...], places: Mapping[tupl
         return
     ref = place["$ref"]
     if not isinstance(ref, str) or not re.fullmatch(r"#(/.*)?", ref, re.DOTALL):
-        raise UserError(
-            f"$ref {_short(ref)} at {_where(path)} must point into the same schema (#/$defs/name)"
-        )
+        raise UserError(f"$ref {_short(ref)} at {_where(path)} must point into the same schema (#/$defs/name)")
     steps = [unquote(step).replace("~1", "/").replace("~0", "~") for step in ref[1:].split("/")[1:]]
     if tuple(steps) not in places:
         raise UserError(f"$ref {_short(ref)} at {_where(path)} points to no schema")
@@ -195,9 +189,7 @@ def _refuse_loose(place: Schema, path: tuple[str, ...]) -> None:
         raise UserError(f"'required' at {_where(path)} must be an array of names, got {_short(required)}")
     # It counts the names of an object used as a map without asking whether they differ.
     if isinstance(count, int) and count > max(1, len(required)):
-        raise UserError(
-            f"minProperties {count} at {_where(path)} cannot be enforced beyond the required properties"
-        )
+        raise UserError(f"minProperties {count} at {_where(path)} cannot be enforced beyond the required properties")
     for key in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(place.get(key), bool):
             raise UserError(f"'{key}' at {_where(path)} must be a number, as in JSON Schema 2020-12")

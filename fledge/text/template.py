@@ -201,11 +201,11 @@ class TemplateRenderer:
     # What the template says of itself, found by rendering small conversations.
 
     def _special_names(self) -> dict[str, int]:
-        """Every special token by its maker's name. Padding that has no such name is left out."""
+        """Every special token by its maker's name, but for padding, which no template mentions (text/published.py)."""
         theirs = {ours: name for name, ours in self.template.names.items()}
         tokenizer = self.tokenizer
-        ids = {tokenizer.pieces([token_id])[0]: token_id for token_id in tokenizer.special_ids}
-        return {theirs.get(name, name): i for name, i in ids.items() if i != tokenizer.pad_id or name in theirs}
+        ids = {tokenizer.pieces([i])[0]: i for i in tokenizer.special_ids if i != tokenizer.pad_id}
+        return {theirs.get(name, name): token_id for name, token_id in ids.items()}
 
     def _id_of(self, name: str) -> int:
         return self.tokenizer.special_id(self.template.names.get(name, name))

@@ -146,15 +146,9 @@ def run_tests(
     failures = []
     for case in ElementTree.parse(report).iter("testcase"):
         place = case.get("classname", "").removeprefix("tests.api_resources.").rpartition(".")[0]
-        name = next(
-            name for name, path in chosen.items() if path.removesuffix(".py").replace("/", ".") == place
-        )
+        name = next(name for name, path in chosen.items() if path.removesuffix(".py").replace("/", ".") == place)
         total[name] += 1
-        is_bad = (
-            case.find("failure") is not None
-            or case.find("error") is not None
-            or case.find("skipped") is not None
-        )
+        is_bad = case.find("failure") is not None or case.find("error") is not None or case.find("skipped") is not None
         passed[name] += not is_bad
         if is_bad:
             failures.append(f"{name}: {case.get('name')}")

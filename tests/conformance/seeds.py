@@ -39,9 +39,7 @@ async def restore(database: Database, blobs: Blobs) -> None:
         for table in reversed(Base.metadata.sorted_tables):
             await session.execute(delete(table))
     await create_key(database, KeyRequest(OWNER), KEY)
-    digest = blobs.put(
-        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-    )
+    digest = blobs.put(b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     async with database.writing() as session:
         session.add_all([*_models(), *_files(digest), *_completions(), *_responses(), _job()])
     async with database.writing() as session:
@@ -62,9 +60,7 @@ def _files(digest: str) -> list[Base]:
         "sha256": digest,
     }
     purposes = {"file_id": "fine-tune", "file-abc123": "fine-tune", "after": "batch"}
-    return [
-        FileRow(id=name, purpose=purpose, status="processed", **about) for name, purpose in purposes.items()
-    ]
+    return [FileRow(id=name, purpose=purpose, status="processed", **about) for name, purpose in purposes.items()]
 
 
 def _completions() -> list[Base]:
@@ -154,6 +150,4 @@ def _job_parts() -> list[Base]:
     checkpoint = {"model": "ft:a", "step_number": 1, "metrics": {"step": 1.0, "train_loss": 1.0}}
     names = ("after", "next")
     rows: list[Base] = [TuningEventRow(id=f"{name}", created_at=WHEN, job_id=JOB, **event) for name in names]
-    return rows + [
-        TuningCheckpointRow(id=f"{name}", created_at=WHEN, job_id=JOB, **checkpoint) for name in names
-    ]
+    return rows + [TuningCheckpointRow(id=f"{name}", created_at=WHEN, job_id=JOB, **checkpoint) for name in names]

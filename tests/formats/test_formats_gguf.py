@@ -168,12 +168,8 @@ def test_a_hostile_header_is_refused_by_name(data: bytes, complaint: str, tmp_pa
         read_gguf(tmp_path / "hostile.gguf")
 
 
-@pytest.mark.parametrize(
-    ("kind", "content"), [("F32", struct.pack("<f", float("nan"))), ("F16", b"\x00\x7c" * 2)]
-)
-def test_undefined_numbers_are_refused_by_the_name_of_their_tensor(
-    kind: str, content: bytes, path: Path
-) -> None:
+@pytest.mark.parametrize(("kind", "content"), [("F32", struct.pack("<f", float("nan"))), ("F16", b"\x00\x7c" * 2)])
+def test_undefined_numbers_are_refused_by_the_name_of_their_tensor(kind: str, content: bytes, path: Path) -> None:
     code = {"F32": 0, "F16": 1}[kind]
     count = len(content) // (4 if kind == "F32" else 2)
     data = header(1, 0, entry(b"weights", (count,), code))
@@ -204,9 +200,7 @@ def test_undefined_scales_of_kept_blocks_are_refused(path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_written_leaves_no_file(
-    make: Callable[[], Outgoing], complaint: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_written_leaves_no_file(make: Callable[[], Outgoing], complaint: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=complaint):
         write_gguf(tmp_path / "out.gguf", {}, [outgoing("first", 4), make()])
     assert list(tmp_path.iterdir()) == []

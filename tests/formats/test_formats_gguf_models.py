@@ -65,9 +65,7 @@ def test_logits_equal_those_of_the_reader_of_transformers(name: str, kind: str, 
     transformers.logging.set_verbosity_error()
     loaded = checkpoint(tmp_path / "model", name)
     export_gguf(loaded, tmp_path / "m.gguf", kind)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="m.gguf", dtype=torch.float32
-    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ours = read_model(read_gguf(tmp_path / "m.gguf")).model
     with torch.no_grad():
         expected = theirs.eval()(some_tokens()).logits
@@ -89,8 +87,7 @@ def test_blocks_are_the_parameters_and_are_written_again_as_they_came(kind: str,
 
 def test_with_four_bits_the_embedding_and_the_head_keep_eight(tmp_path: Path) -> None:
     kinds = {
-        name: entry.kind.name
-        for name, entry in read_gguf(write(tmp_path / "m", "qwen-2.5", "Q4_1")).entries.items()
+        name: entry.kind.name for name, entry in read_gguf(write(tmp_path / "m", "qwen-2.5", "Q4_1")).entries.items()
     }
     assert (kinds["token_embd.weight"], kinds["output.weight"], kinds["blk.0.attn_q.weight"]) == (
         "Q8_0",

@@ -34,9 +34,7 @@ def some_numbers(rows: int, columns: int = 256, seed: int = 0) -> NDArray[np.flo
 def test_expanding_equals_the_gguf_package_bit_for_bit(name: str) -> None:
     kind, blocks = KINDS[name], some_blocks(name)
     with np.errstate(all="ignore"):
-        expected = quants.dequantize(blocks.reshape(8, -1), gguf.GGMLQuantizationType[name]).reshape(
-            len(blocks), -1
-        )
+        expected = quants.dequantize(blocks.reshape(8, -1), gguf.GGMLQuantizationType[name]).reshape(len(blocks), -1)
         found = kind.expand(blocks)
     assert found.shape == (len(blocks), kind.per_block)
     assert found.dtype == np.float32

@@ -40,9 +40,7 @@ def chained(kind: str, size: int) -> dict:
 HOSTILE = {
     # Crashes of the library's: its stack overflows.
     "rule chain": lark("start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(7000)) + '\nr7000: "a"'),
-    "terminal chain": lark(
-        "start: T0\n" + "\n".join(f'T{i}: T{i + 1} "b"' for i in range(6000)) + '\nT6000: "a"'
-    ),
+    "terminal chain": lark("start: T0\n" + "\n".join(f'T{i}: T{i + 1} "b"' for i in range(6000)) + '\nT6000: "a"'),
     "reference chain": schema(chained("properties", 1500)),
     "allOf chain": schema(chained("allOf", 1500)),
     "plain reference chain": schema(chained("", 3000)),
@@ -85,9 +83,7 @@ HOSTILE = {
     "substrings": lark('start: A\nA: %regex {"substring_chars": "' + "abc def " * 9000 + '"}'),
     # Nothing satisfies them.
     "itself": schema({"$ref": "#"}),
-    "each other": schema(
-        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-    ),
+    "each other": schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
     "never": regex("[^\\s\\S]"),
     "endless rule": lark("start: start"),
     "contradiction": schema({"type": "string", "enum": [1, 2]}),

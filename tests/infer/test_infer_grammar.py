@@ -31,8 +31,7 @@ from fledge.text.tools import STYLES, Tool, call_grammar, read_calls
 from fledge.types import CallPart, Grammar, Request, SamplingParams
 
 TEXTS = [
-    'The quick brown fox {"name": "Fledge", "age": 12, "tags": ["a", "b"], "ok": true} jumps over the dog. '
-    * 3,
+    'The quick brown fox {"name": "Fledge", "age": 12, "tags": ["a", "b"], "ok": true} jumps over the dog. ' * 3,
     "<tool_call>\n{}\n</tool_call> café 日本語 naïve 0123456789 -1.5e3 null false",
 ]
 PERSON = {
@@ -150,27 +149,21 @@ def test_a_regular_expression_is_matched_to_its_end(
         assert all(i == stop for i in ids if i in tokenizer.special_ids)
 
 
-def test_a_lark_grammar_may_hold_schemas_and_special_tokens(
-    bpe: Tokenizer, bpe_compiler: GrammarCompiler
-) -> None:
+def test_a_lark_grammar_may_hold_schemas_and_special_tokens(bpe: Tokenizer, bpe_compiler: GrammarCompiler) -> None:
     user, end = bpe.special_id("<|user|>"), bpe.special_id("<|end|>")
     for spelling in ("<|user|>", f"<[{user}]>"):
-        ids, matcher = write(
-            bpe_compiler, Grammar("lark", f'start: "x" {spelling} %json {{"type": "null"}}'), [end]
-        )
+        ids, matcher = write(bpe_compiler, Grammar("lark", f'start: "x" {spelling} %json {{"type": "null"}}'), [end])
         assert matcher.is_finished
         assert user in ids
         assert bpe.decode(ids) == "xnull"
     for pattern in (r"(.|\n)*", r"[^a]*"):
         assert (
-            bpe.special_ids.isdisjoint(
-                allowed(bpe_compiler, bpe_compiler.matcher(Grammar("regex", pattern), [end]))
-            )
+            bpe.special_ids.isdisjoint(allowed(bpe_compiler, bpe_compiler.matcher(Grammar("regex", pattern), [end])))
             is False
         )
-        assert set(
-            allowed(bpe_compiler, bpe_compiler.matcher(Grammar("regex", pattern), [end]))
-        ) & bpe.special_ids == {end}
+        assert set(allowed(bpe_compiler, bpe_compiler.matcher(Grammar("regex", pattern), [end]))) & bpe.special_ids == {
+            end
+        }
 
 
 plain_schemas = st.one_of(
@@ -256,18 +249,14 @@ def assert_written_as_asked(compiler: GrammarCompiler, value: dict, seed: int) -
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(schemas, st.integers(0, 99))
-def test_what_is_written_is_valid_under_the_schema(
-    bpe_compiler: GrammarCompiler, value: dict, seed: int
-) -> None:
+def test_what_is_written_is_valid_under_the_schema(bpe_compiler: GrammarCompiler, value: dict, seed: int) -> None:
     assert assert_written_as_asked(bpe_compiler, lifted(value), seed)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=500, suppress_health_check=list(HealthCheck))
 @given(schemas, st.integers(0, 99))
-def test_what_is_written_is_valid_under_very_many_schemas(
-    compiler: GrammarCompiler, value: dict, seed: int
-) -> None:
+def test_what_is_written_is_valid_under_very_many_schemas(compiler: GrammarCompiler, value: dict, seed: int) -> None:
     assert_written_as_asked(compiler, lifted(value), seed)
 
 
@@ -317,9 +306,7 @@ def test_a_draft_gives_the_masks_that_its_tokens_would(bpe: Tokenizer, bpe_compi
     letters = [bpe.encode(letter)[0] for letter in "abc"]
     matcher = bpe_compiler.matcher(grammar, [end])
     other = bpe_compiler.matcher(grammar, [end])
-    drafted = bpe_compiler.masks(
-        [(other, ()), (matcher, [*letters, bpe.encode("7")[0]]), (other, letters[:1])]
-    )
+    drafted = bpe_compiler.masks([(other, ()), (matcher, [*letters, bpe.encode("7")[0]]), (other, letters[:1])])
     assert drafted.shape == (1 + 5 + 2, bpe.vocab_size)
     steps = bpe_compiler.matcher(grammar, [end])
     for row, token in enumerate([*letters, bpe.encode("7")[0]]):
@@ -523,9 +510,7 @@ def test_random_grammars_are_refused_or_borne(bpe_compiler: GrammarCompiler, tex
 @pytest.mark.slow
 @settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck))
 @given(st.lists(fragments, max_size=40).map("".join), st.sampled_from(["regex", "lark", "pattern"]))
-def test_very_many_random_grammars_are_refused_or_borne(
-    bpe_compiler: GrammarCompiler, text: str, kind: str
-) -> None:
+def test_very_many_random_grammars_are_refused_or_borne(bpe_compiler: GrammarCompiler, text: str, kind: str) -> None:
     grammar = schema({"type": "string", "pattern": text}) if kind == "pattern" else None
     text = f"start: {text}" if kind == "lark" else text
     walk(bpe_compiler, grammar or Grammar(kind, text), 20)
@@ -591,9 +576,7 @@ def engine(bpe: Tokenizer) -> Engine:
 
 def ask(bpe: Tokenizer, name: str, grammar: Grammar | None, **params) -> Request:
     stops = frozenset({bpe.special_id("<|end|>"), bpe.end_of_text_id})
-    return Request(
-        name, tuple(bpe.encode("hello")), SamplingParams(**params), stop_ids=stops, grammar=grammar
-    )
+    return Request(name, tuple(bpe.encode("hello")), SamplingParams(**params), stop_ids=stops, grammar=grammar)
 
 
 def test_a_random_model_answers_in_valid_json_beside_free_answers(bpe: Tokenizer, engine: Engine) -> None:
@@ -680,17 +663,11 @@ def test_a_random_model_calls_tools_as_it_is_told(
             for part in (part for part in parts if part.name == "weather" and answer.finish_reason == "stop"):
                 jsonschema.validate(json.loads(part.arguments), PERSON)
     silent = call_grammar(tools, "none", own)
-    for [answer] in engine.generate(
-        [ask(bpe, f"{seed}", silent, max_tokens=40, seed=seed) for seed in range(2)]
-    ):
-        assert not any(
-            isinstance(part, CallPart) for part in read_calls(answer.text, own, ["weather", "clock"]).parts
-        )
+    for [answer] in engine.generate([ask(bpe, f"{seed}", silent, max_tokens=40, seed=seed) for seed in range(2)]):
+        assert not any(isinstance(part, CallPart) for part in read_calls(answer.text, own, ["weather", "clock"]).parts)
 
 
-def test_under_auto_text_is_free_until_a_call_is_opened(
-    bpe: Tokenizer, bpe_compiler: GrammarCompiler
-) -> None:
+def test_under_auto_text_is_free_until_a_call_is_opened(bpe: Tokenizer, bpe_compiler: GrammarCompiler) -> None:
     tools = [Tool("clock", parameters='{"type": "object", "additionalProperties": false}')]
     end = bpe.special_id("<|end|>")
     for is_parallel in (True, False):

@@ -20,9 +20,7 @@ LENGTHS = (23, 1, 12, 16, 9)
 
 
 def new_pages(fill: float = math.nan) -> Pages:
-    pages = Pages(
-        {0: SiteShape(GROUPS, KEY_WIDTH, VALUE_WIDTH, torch.float32)}, 40, SIZE, torch.device("cpu")
-    )
+    pages = Pages({0: SiteShape(GROUPS, KEY_WIDTH, VALUE_WIDTH, torch.float32)}, 40, SIZE, torch.device("cpu"))
     for store in (*pages.keys.values(), *pages.values.values()):
         store.fill_(fill)
     return pages
@@ -43,10 +41,7 @@ def new_lives(seed: int = 0) -> list[Live]:
 def values_of(lives: list[Live], seed: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((HEADS, KEY_WIDTH), (GROUPS, KEY_WIDTH), (GROUPS, VALUE_WIDTH))
-    rows = [
-        tuple(torch.randn(1, len(live.tokens), *shape, generator=generator) for shape in shapes)
-        for live in lives
-    ]
+    rows = [tuple(torch.randn(1, len(live.tokens), *shape, generator=generator) for shape in shapes) for live in lives]
     for part in (1, 2):
         rows[4][part][:, :8] = rows[3][part][:, :8]
     return rows
@@ -93,9 +88,7 @@ def test_attention_over_pages_equals_attention_over_the_row(size: int, window: i
     for spans in cut(lives, size):
         context, ordered, _ = context_of(runner, spans)
         q, k, v = (
-            torch.cat(
-                [rows[span.live.id][part][:, span.start : span.start + span.count] for span in ordered], dim=1
-            )
+            torch.cat([rows[span.live.id][part][:, span.start : span.start + span.count] for span in ordered], dim=1)
             for part in range(3)
         )
         lengths = [span.start + span.count for span in ordered]

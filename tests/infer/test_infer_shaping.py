@@ -18,9 +18,7 @@ CPU = torch.device("cpu")
 STOPS = (2, 5)
 
 
-def shape_slowly(
-    logits: list[float], params: SamplingParams, prompt: list[int], answer: list[int]
-) -> list[float]:
+def shape_slowly(logits: list[float], params: SamplingParams, prompt: list[int], answer: list[int]) -> list[float]:
     scores = list(logits)
     for token in range(VOCAB):
         if params.allowed_ids is not None and token not in params.allowed_ids:

@@ -49,9 +49,7 @@ def cuts(text: str, places: list[int]) -> list[bytes]:
 letters = st.text("ab中é🐦", max_size=12)
 
 
-@given(
-    letters, st.lists(st.text("ab中é🐦", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 60))
-)
+@given(letters, st.lists(st.text("ab中é🐦", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 60)))
 @example("aab", ["ab", "aab"], [])
 @example("aabab", ["abab", "aabb"], [1, 2, 3])
 def test_the_answer_is_cut_where_the_whole_text_says_however_it_is_tokenised(
@@ -61,12 +59,8 @@ def test_the_answer_is_cut_where_the_whole_text_says_however_it_is_tokenised(
     assert ("".join(pieces), is_stopped) == cut_slowly(text, stops)
 
 
-@given(
-    letters, st.lists(st.text("ab中é🐦", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 60))
-)
-def test_no_more_is_withheld_than_may_begin_a_stop_string(
-    text: str, stops: list[str], places: list[int]
-) -> None:
+@given(letters, st.lists(st.text("ab中é🐦", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 60)))
+def test_no_more_is_withheld_than_may_begin_a_stop_string(text: str, stops: list[str], places: list[int]) -> None:
     tokens = cuts(text, places)
     pieces, is_stopped = read(tokens, stops)
     for number in range(len(pieces) - 1 if not is_stopped else 0):

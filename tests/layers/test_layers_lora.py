@@ -87,7 +87,9 @@ def test_training_gives_the_outputs_and_gradients_of_the_formula(is_stabilised: 
     torch.testing.assert_close(model(x), F.linear(x, w, bias))
     for y in (model(x), F.linear(x, w, bias)):
         y.square().sum().backward()
-    torch.testing.assert_close(a.grad, scale * b.detach().T @ w.grad, rtol=1e-5, atol=1e-4)  # the chain rule through W + scale B A
+    torch.testing.assert_close(
+        a.grad, scale * b.detach().T @ w.grad, rtol=1e-5, atol=1e-4
+    )  # the chain rule through W + scale B A
     torch.testing.assert_close(b.grad, scale * w.grad @ a.detach().T, rtol=1e-5, atol=1e-4)
 
 

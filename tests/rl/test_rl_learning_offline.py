@@ -68,8 +68,7 @@ def kto(num_steps: int, seed: int) -> tuple[list[dict[str, float]], float]:
     for step in range(num_steps):
         examples = mismatch(verdicts[32 * step : 32 * step + 32], max_length=LENGTH)
         batches = [
-            with_kto_reference(objective.collate(part), reference, rows=64)
-            for part in (examples[:16], examples[16:])
+            with_kto_reference(objective.collate(part), reference, rows=64) for part in (examples[:16], examples[16:])
         ]
         z0 = objective.baseline(policy, batches)
         micro: Pairs = [(objective, replace(batch, baseline=z0)) for batch in batches]

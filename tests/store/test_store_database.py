@@ -94,9 +94,7 @@ async def test_a_key_is_found_until_it_is_revoked_and_never_stored(database: Dat
     assert await keys.find_key(database, key) is None
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"scopes": ["root"]}, {"scopes": []}, {"tokens_per_minute": 0}, {"owner": ""}]
-)
+@pytest.mark.parametrize("wrong", [{"scopes": ["root"]}, {"scopes": []}, {"tokens_per_minute": 0}, {"owner": ""}])
 def test_a_key_that_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError):
         keys.KeyRequest(**{"owner": "alice", **wrong})  # type: ignore[arg-type]
@@ -113,9 +111,7 @@ async def test_models_are_their_owners_or_everybodys(database: Database) -> None
     assert not await models.delete_model(database, "alice", "mine")
 
 
-async def test_equal_contents_are_kept_once_and_go_with_the_last_file(
-    database: Database, tmp_path: Path
-) -> None:
+async def test_equal_contents_are_kept_once_and_go_with_the_last_file(database: Database, tmp_path: Path) -> None:
     blobs = Blobs(tmp_path / "blobs")
     rows = [await _upload(database, blobs, b"same", f"../../{name}\0") for name in ("a", "b")]
     assert rows[0].sha256 == rows[1].sha256

@@ -145,16 +145,10 @@ def test_references_find_names_with_odd_characters() -> None:
 
 
 anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from([*ENFORCED, *NOT_ENFORCED, "x-guidance", "title", "?\n"]), inner, max_size=4
-        )
+        | st.dictionaries(st.sampled_from([*ENFORCED, *NOT_ENFORCED, "x-guidance", "title", "?\n"]), inner, max_size=4)
     ),
     max_leaves=12,
 )

@@ -230,9 +230,7 @@ json_values = st.recursive(
     st.text(alphabet="ab \n", max_size=5),
     st.lists(st.integers(0, 300), max_size=20),
 )
-def test_every_call_comes_back_however_it_is_cut(
-    calls: list[tuple[str, dict]], before: str, cuts: list[int]
-) -> None:
+def test_every_call_comes_back_however_it_is_cut(calls: list[tuple[str, dict]], before: str, cuts: list[int]) -> None:
     text = before + "\n".join(call(name, arguments) for name, arguments in calls)
     said, got = told(pieces(text, cuts))
     assert [(name, json.loads(arguments)) for name, arguments in got.values()] == calls

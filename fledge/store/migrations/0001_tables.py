@@ -39,9 +39,7 @@ def _batches() -> None:
         sa.Column("errors", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("extra", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("labels", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_batches")),
@@ -59,9 +57,7 @@ def _completions() -> None:
         sa.Column("labels", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("messages", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("body", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_completions")),
@@ -80,9 +76,7 @@ def _files() -> None:
         sa.Column("sha256", sa.String(length=64), nullable=False),
         sa.Column("expires_at", sa.BigInteger(), nullable=True),
         sa.Column("status", sa.String(length=32), nullable=False),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_files")),
@@ -102,9 +96,7 @@ def _jobs() -> None:
         sa.Column("finished_at", sa.BigInteger(), nullable=True),
         sa.Column("is_cancel_wanted", sa.Boolean(), nullable=False),
         sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_jobs")),
@@ -125,9 +117,7 @@ def _keys() -> None:
         sa.Column("requests_per_minute", sa.BigInteger(), nullable=True),
         sa.Column("tokens_per_minute", sa.BigInteger(), nullable=True),
         sa.Column("revoked_at", sa.BigInteger(), nullable=True),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_keys")),
@@ -145,9 +135,7 @@ def _models() -> None:
         sa.Column("target", sa.String(length=255), nullable=True),
         sa.Column("path", sa.Text(), nullable=True),
         sa.Column("job_id", sa.String(length=255), nullable=True),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_models")),
@@ -165,9 +153,7 @@ def _responses() -> None:
         sa.Column("is_background", sa.Boolean(), nullable=False),
         sa.Column("inputs", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("body", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_responses")),
@@ -198,9 +184,7 @@ def _tuning_jobs() -> None:
         sa.Column("wanted", sa.String(length=16), nullable=True),
         sa.Column("worker", sa.String(length=64), nullable=True),
         sa.Column("leased_until", sa.BigInteger(), nullable=True),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_tuning_jobs")),
@@ -216,9 +200,7 @@ def _job_events() -> None:
         sa.Column("job_id", sa.String(length=255), nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
         sa.Column("data", sa.Text(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["job_id"], ["jobs.id"], name=op.f("fk_job_events_job_id"), ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_events_job_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "number", name=op.f("pk_job_events")),
     )
 
@@ -231,9 +213,7 @@ def _tuning_checkpoints() -> None:
         sa.Column("step_number", sa.BigInteger(), nullable=False),
         sa.Column("metrics", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("path", sa.Text(), nullable=True),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -253,9 +233,7 @@ def _tuning_events() -> None:
         sa.Column("type", sa.String(length=16), nullable=False),
         sa.Column("message", sa.Text(), nullable=False),
         sa.Column("data", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column(
-            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(
