@@ -21,6 +21,7 @@ from fledge.errors import ConfigError, DataError, Interrupted, nearest
 from fledge.files import sha256_file
 from fledge.formats.checkpoint import LoadedModel
 from fledge.recipes.align_data import data_stage
+from fledge.recipes.align_demonstrations import reward_stage, sft_stage
 from fledge.recipes.align_models import Context, context_of, load_scorer, load_start
 from fledge.recipes.align_offline import kto_stage, preference_stage, reference_stage
 from fledge.recipes.align_outcome import outcome_stage
@@ -36,10 +37,13 @@ from fledge.recipes.align_plan import (
     settings_of,
     with_lr,
 )
+from fledge.recipes.align_rl import rl_stage
+from fledge.recipes.align_sampling import best_of_n_stage, feedme_stage, samples_stage
 from fledge.recipes.card_page import write_card
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
 from fledge.recipes.runs import locked, open_run
+from fledge.rl.judge import Verifier
 from fledge.train.device import default_device, raise_malloc_thresholds
 from fledge.train.metrics import TensorBoard
 
@@ -58,10 +62,18 @@ class Method:
 
 
 _REFERENCE = (("reference", reference_stage),)
+_SAMPLES = (("samples", samples_stage),)
 METHODS = (
+    Method("sft", "imitate conversations (Ouyang et al. 2022, section 3.5)", sft_stage),
+    Method("reward", "a reward model from rankings or pairs (Ouyang et al. 2022, eq. 1)", reward_stage),
     Method("dpo", "learn from pairs, without a reward model (Rafailov et al. 2023)", preference_stage, _REFERENCE),
     Method("ipo", "DPO that does not run away where pairs agree (Azar et al. 2023)", preference_stage, _REFERENCE),
     Method("kto", "learn from answers found good or bad (Ethayarajh et al. 2024)", kto_stage, _REFERENCE),
+    Method("ppo", "learn from rewards, with a value function (Schulman et al. 2017)", rl_stage, is_rewarded=True),
+    Method("grpo", "learn from rewards within groups of answers (Shao et al. 2024)", rl_stage, is_rewarded=True),
+    Method("rloo", "REINFORCE with the other answers as baseline (Ahmadian et al. 2024)", rl_stage, is_rewarded=True),
+    Method("best-of-n", "imitate one's best answers of several (Nakano et al. 2021)", best_of_n_stage, _SAMPLES, True),
+    Method("feedme", "imitate demonstrations and one's best answers, in rounds", feedme_stage, is_rewarded=True),
 )
 
 
@@ -172,6 +184,8 @@ def _refuse_contradictions(order: AlignOrder, method: Method) -> None:
         raise ConfigError("--lora-targets says where an adapter goes; give its rank with --lora")
     if order.judge is not None and order.judge in {name for name, _ in order.rewards}:
         raise ConfigError(f"--judge {order.judge} is trained against; a gold judge must be another model (C58)")
+    if order.lr is not None and not 0 < order.lr < float("inf"):
+        raise ConfigError(f"--lr {order.lr}: expected a positive number")
     if not order.data:
         raise ConfigError("nothing to learn from; name a file with --data")
 
@@ -199,7 +213,10 @@ def _reward_parts(order: AlignOrder, start: LoadedModel) -> tuple[RewardPart, ..
     models = [
         RewardPart("model", name, weight, load_scorer(name, order.runs, start).hash) for name, weight in order.rewards
     ]
-    verifiers = [RewardPart("verifier", name, weight, None, dict(told)) for name, weight, told in order.verifiers]
+    verifiers = []
+    for name, weight, told in order.verifiers:
+        _ = Verifier(name, told)  # refuses an unknown name
+        verifiers.append(RewardPart("verifier", name, weight, None, dict(told)))
     return (*models, *verifiers)
 
 
@@ -208,7 +225,5 @@ def _judge_plan(order: AlignOrder, start: LoadedModel) -> JudgePlan | None:
         return None
     judge = load_scorer(order.judge, order.runs, start)
     if judge.hash in {part.hash for part in _reward_parts(order, start)}:
-        raise ConfigError(
-            f"--judge {order.judge} has the weights of a reward; a gold judge must be another (C58)"
-        )
+        raise ConfigError(f"--judge {order.judge} has the weights of a reward; a gold judge must be another (C58)")
     return JudgePlan(order.judge, judge.hash)

@@ -23,7 +23,7 @@ from fledge.data.feedback import FeedbackExample, prompt_of
 from fledge.data.interchange import read
 from fledge.data.prompt_split import Sides, require_disjoint, split_by_prompt
 from fledge.data.reading import Drops
-from fledge.data.records import BadRow, Intake
+from fledge.data.records import LINE_SUFFIXES, BadRow, Intake
 from fledge.errors import DataError, UserError
 from fledge.files import write_text
 from fledge.objectives.preference import PreferenceIds
@@ -257,9 +257,8 @@ def data_stage(context: Context) -> None:
 def cut_of(context: Context, renderer: Renderer) -> Cut:
     """Lengths as the method's settings say."""
     settings = context.plan.train
-    fit = getattr(settings, "fit", None)
     prompt, answer = getattr(settings, "prompt_length", None), getattr(settings, "response_length", None)
-    longest = prompt + answer if prompt is not None and answer is not None else fit.max_length
+    longest = prompt + answer if prompt is not None and answer is not None else settings.fit.max_length
     return Cut(renderer, longest, prompt, answer)
 
 
@@ -267,7 +266,8 @@ def examples_of(context: Context, side: str) -> list[FeedbackExample]:
     """The examples of a side ("train", "held_out"), as the stage `data` left them."""
     with (context.run / "data" / f"{side}.jsonl").open(encoding="utf-8", newline="\n") as lines:
         records = [json.loads(line) for line in lines]
-    return [from_json(_KINDS[record["kind"]], record["example"]) for record in records]
+    found: list[Any] = [from_json(_KINDS[record["kind"]], record["example"]) for record in records]
+    return found
 
 
 def tokens_of(context: Context, side: str, cut: Cut) -> list[Any]:
@@ -288,6 +288,19 @@ def askings_of(context: Context, side: str, cut: Cut) -> list[Asking]:
     return list(unique.values())
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that were written whole; none if there is no file."""
+    found: list[dict[str, Any]] = []
+    if not path.is_file():
+        return found
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
 def _usable(path: Path, context: Context, cut: Cut, drops: Drops) -> Iterator[FeedbackExample]:
     """The examples of a file that the method can learn from."""
     plan: DataPlan = context.plan.data
@@ -298,10 +311,17 @@ def _usable(path: Path, context: Context, cut: Cut, drops: Drops) -> Iterator[Fe
             convert(example, cut)
         except UserError as why:
             reason, _, detail = str(why).partition(": ")
-            where = f"{path}, {example.provenance.id.removeprefix(f'{path.name}:')}"
-            intake.turn_away(BadRow(reason, where, detail or reason))
+            intake.turn_away(BadRow(reason, _place(path, example), detail or reason))
             continue
         yield example
+
+
+def _place(path: Path, example: FeedbackExample) -> str:
+    """Where in the file an example stands: its line or row, or the name it has there."""
+    name, _, number = example.provenance.id.rpartition(":")
+    if name != path.name or not number.isdigit():
+        return f"{path}, {example.provenance.id}"
+    return f"{path}, {'line' if path.name.lower().endswith(LINE_SUFFIXES) else 'row'} {number}"
 
 
 def _report(context: Context, sides: Sides[FeedbackExample], drops: Drops) -> None:

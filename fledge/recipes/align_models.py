@@ -103,7 +103,7 @@ def save_aligned(
     """Write a trained model, its adapter merged (and beside it as PEFT's, where a layout is published); its hash."""
     if context.plan.lora is not None:
         _save_adapter(context, model, start, name)
-        trunk: nn.Module = model.trunk if isinstance(model, ScalarModel) else model  # type: ignore[assignment]
+        trunk: nn.Module = model.trunk if isinstance(model, ScalarModel) else model
         merge_lora(trunk)
         remove_lora(trunk)
     any_model: Any = model

@@ -6,19 +6,17 @@ adapter no second model is needed, beside full tuning none is held while it trai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fledge.formats.checkpoint import LoadedModel
 from fledge.objectives.completions import Ids, frozen_logprobs, lay_out_rows
-from fledge.objectives.kto import KTO, VerdictIds, balanced_weights, mismatch
-from fledge.objectives.preference import Preference, PreferenceIds
-from fledge.recipes.align_data import HELD_OUT, TRAIN, Verdict, cut_of, tokens_of
+from fledge.objectives.kto import VerdictIds, balanced_weights, mismatch
+from fledge.objectives.preference import PreferenceIds
+from fledge.recipes.align_data import HELD_OUT, TRAIN, Verdict, cut_of, read_lines, tokens_of
 from fledge.recipes.align_models import Context, save_aligned, start_of, trainable_model
 from fledge.recipes.align_plan import FitSettings
 from fledge.recipes.report import Fact
@@ -27,7 +25,7 @@ from fledge.train.device import precision
 from fledge.train.loop import Pairs, TrainState
 from fledge.train.metrics import JsonLines
 
-Rows = list[tuple[Ids, Ids]]
+Rows = Sequence[tuple[Ids, Ids]]
 ROWS_A_LINE = 256  # completions scored between two lines of the file, which an interrupted stage goes on behind
 
 
@@ -46,7 +44,7 @@ def reference_stage(context: Context) -> None:
 def _write_side(context: Context, start: LoadedModel, side: str, rows: Rows, progress: tuple[int, int]) -> int:
     """One line a stretch of completions; lines of an earlier sitting are kept. How many lines there are now."""
     path = context.path / f"{side}.jsonl"
-    done = len(_lines(path))
+    done = len(read_lines(path))
     log = JsonLines(path, done, stage=context.name)
     stretches = parts(rows, ROWS_A_LINE)
     try:
@@ -65,13 +63,7 @@ def preference_stage(context: Context) -> None:
     settings, start = context.plan.train, start_of(context)
     pairs = known_pairs(context, TRAIN, start)
     model = trainable_model(context, start.model)
-    objective = Preference(
-        settings.fit.max_length,
-        start.tokenizer.pad_id,
-        beta=settings.beta,
-        kind=settings.kind,
-        label_smoothing=settings.label_smoothing,
-    )
+    objective = settings.objective(start.tokenizer.pad_id)
 
     def batches(state: TrainState, step: int) -> Pairs:
         some = [pairs[i] for i in chosen(len(pairs), per_step(settings.fit, len(pairs)), step, context.plan.seed)]
@@ -85,11 +77,8 @@ def kto_stage(context: Context) -> None:
     settings, start = context.plan.train, start_of(context)
     found = known_verdicts(context, TRAIN, start)
     good = sum(verdict.desirable for verdict in found)
-    balanced = balanced_weights(good, len(found) - good)
-    wanted = (settings.desirable_weight, settings.undesirable_weight)
-    weights = [given if given is not None else own for given, own in zip(wanted, balanced, strict=True)]
     model: Any = trainable_model(context, start.model)
-    objective = KTO(settings.fit.max_length, start.tokenizer.pad_id, settings.beta, weights[0], weights[1])
+    objective = settings.objective(start.tokenizer.pad_id, balanced_weights(good, len(found) - good))
 
     def batches(state: TrainState, step: int) -> Pairs:
         some = [found[i] for i in chosen(len(found), per_step(settings.fit, len(found)), step, context.plan.seed)]
@@ -171,18 +160,5 @@ def row_logprobs(loaded: LoadedModel, rows: Rows, fit: FitSettings) -> list[floa
 
 def _known(context: Context, side: str) -> list[tuple[float, float]]:
     """The reference's figures of a side, two an example, as `rows_of` orders them."""
-    found = [value for line in _lines(context.run / "reference" / f"{side}.jsonl") for value in line["logprobs"]]
+    found = [value for line in read_lines(context.run / "reference" / f"{side}.jsonl") for value in line["logprobs"]]
     return list(zip(found[::2], found[1::2], strict=True))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that were written whole."""
-    found: list[dict[str, Any]] = []
-    if not path.is_file():
-        return found
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found

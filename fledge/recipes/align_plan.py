@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fledge.layers.lora import LoraConfig
+from fledge.objectives.kto import KTO
+from fledge.objectives.preference import Preference
 from fledge.recipes.plan import FitPlan
 from fledge.rl.feedme import FeedMEConfig
 from fledge.rl.grpo import GRPOConfig
@@ -63,6 +65,9 @@ class LoraPlan:
     alpha: float = 32.0
     targets: tuple[str, ...] | None = None
     is_rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.config  # refuses a rank or targets that make no adapter
 
     @property
     def config(self) -> LoraConfig:
@@ -118,6 +123,15 @@ class PreferenceSettings:
     kind: Literal["dpo", "ipo"] = "dpo"
     label_smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        _ = self.objective(pad_id=0)
+
+    def objective(self, pad_id: int) -> Preference:
+        """The loss; ValueError for settings that it refuses."""
+        return Preference(
+            self.fit.max_length, pad_id, beta=self.beta, kind=self.kind, label_smoothing=self.label_smoothing
+        )
+
 
 @dataclass(frozen=True)
 class KTOSettings:
@@ -127,6 +141,15 @@ class KTOSettings:
     beta: float = 0.1
     desirable_weight: float | None = None
     undesirable_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.objective(pad_id=0, balanced=(1.0, 1.0))
+
+    def objective(self, pad_id: int, balanced: tuple[float, float]) -> KTO:
+        """The loss, with `balanced` where a weight is left open; ValueError for settings that it refuses."""
+        desirable = balanced[0] if self.desirable_weight is None else self.desirable_weight
+        undesirable = balanced[1] if self.undesirable_weight is None else self.undesirable_weight
+        return KTO(self.fit.max_length, pad_id, self.beta, desirable, undesirable)
 
 
 @dataclass(frozen=True)

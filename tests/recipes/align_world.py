@@ -31,10 +31,10 @@ def questions() -> list[str]:
     return [f"do you {verb} {thing}?" for thing in THINGS for verb in VERBS]
 
 
-def plant(folder: Path) -> Path:
+def plant(folder: Path, vocab_size: int = 290) -> Path:
     """`runs/tiny` with a stage `sft`, `reward` and `gold`, and one data file of each kind; the same every time."""
     texts = [*questions(), "yes yes", "no no", "yes i do", "no i do not"] * 4
-    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=290))
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=vocab_size))
     run = folder / "runs" / "tiny"
     model = GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, POSITIONS))
     model.init_weights(torch.Generator().manual_seed(0))
@@ -64,6 +64,17 @@ def data() -> dict[str, list[dict[str, Any]]]:
             for q in questions()
         ],
         "prompts": [{"prompt": q} for q in questions()],
+        "sums": [
+            {
+                "data_source": "sums",
+                "prompt": [{"role": "user", "content": f"{a} and {b}?"}],
+                "ability": "arithmetic",
+                "reward_model": {"style": "rule", "ground_truth": str(a + b)},
+                "extra_info": {},
+            }
+            for a in range(8)
+            for b in range(8)
+        ],
     }
 
 

@@ -1,0 +1,358 @@
+"""`fledge align`, method by method, on a tiny model: what a run leaves, that it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import align_world as world
+import pytest
+import torch
+
+from fledge import cli
+from fledge.errors import ConfigError, DataError, RunError, TrainingHalted
+from fledge.formats.checkpoint import load_model
+from fledge.recipes.align import METHODS, AlignOrder, align, plan_of
+from fledge.recipes.align_models import refuse_padding_that_ends, require_unchanged, weights_digest
+from fledge.recipes.align_rl import GoldWatch
+from fledge.types import Metrics
+
+SHORT = ("train.prompt_length=30", "train.response_length=8", "outcome.max_tokens=8", "outcome.prompts=4")
+ROUNDS = ("train.warmup_rounds=1", "train.rounds=2")
+GROUPS = (*SHORT, *ROUNDS, "train.minibatch=16", "train.prompts=4", "train.group=4")
+REWARDED: dict[str, Any] = {"rewards": (("tiny:reward", 1.0),)}
+# What each method is ordered with: its data, what else it needs, and overrides that make it tiny.
+ORDERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "sft": ("chats", {}, ("outcome.max_tokens=8", "train.fit.batch=4")),
+    "reward": ("rankings", {}, ()),
+    "dpo": ("pairs", {}, ("outcome.max_tokens=8",)),
+    "ipo": ("pairs", {"lora": 4}, ("outcome.max_tokens=8",)),
+    "kto": ("verdicts", {}, ("outcome.max_tokens=8", "train.fit.batch=32")),
+    "ppo": ("prompts", REWARDED, (*SHORT, *ROUNDS, "train.episodes=16")),
+    "grpo": ("prompts", {**REWARDED, "judge": "tiny:gold", "lora": 4}, (*GROUPS, "judge.every=1")),
+    "rloo": ("prompts", REWARDED, GROUPS),
+    "best-of-n": ("prompts", REWARDED, (*SHORT, "train.samples=4", "train.fit.batch=1")),
+    "feedme": ("chats", REWARDED, (*SHORT, "train.rounds=2", "train.prompts=4", "train.samples=4", "train.steps=2")),
+}
+
+
+class Silent:
+    """A listener that hears, and may fail at a step of a stage, as a process that is killed there."""
+
+    def __init__(self, stage: str | None = None, step: int | None = None) -> None:
+        self.fatal = (stage, step)
+        self.heard: list[str] = []
+
+    def stage(self, name: str, status: str, note: str) -> None:
+        self.heard.append(f"{name} {status} {note}")
+
+    def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
+        if (stage, step) == self.fatal:
+            raise Killed
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.plant(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def folder(planted: Path, tmp_path: Path) -> Path:
+    """The world in a place of its own, so that runs do not meet."""
+    shutil.copytree(planted, tmp_path / "world")
+    return tmp_path / "world"
+
+
+@pytest.fixture(autouse=True)
+def _indifferent() -> Iterator[None]:
+    """A run switches deterministic algorithms on; other tests need not have them."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def order(folder: Path, method: str, *overrides: str, **others: Any) -> AlignOrder:
+    name, needs, tiny = ORDERS[method]
+    given: dict[str, Any] = {"lr": 1e-2, **needs, **others}
+    data = given.pop("data", (folder / f"{name}.jsonl",))
+    return AlignOrder(
+        method, "tiny:sft", data, overrides=(*tiny, *overrides), runs=folder / "runs", name=method, **given
+    )
+
+
+def lines(run: Path, stage: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if record["stage"] == stage]
+
+
+def weights(run: Path) -> dict[str, str]:
+    """The hash of every model of a run."""
+    infos = sorted(run.glob("*/*/run.json"))
+    return {str(path.relative_to(run)): json.loads(path.read_text())["files"]["model.safetensors"] for path in infos}
+
+
+def test_every_method_is_tried_here() -> None:
+    assert set(ORDERS) == {method.name for method in METHODS}
+
+
+@pytest.mark.parametrize("method", ORDERS)
+def test_a_method_leaves_a_model_a_card_and_lineage_and_goes_on_to_the_same_bits(method: str, folder: Path) -> None:
+    start = load_model(folder / "runs" / "tiny" / "sft" / "model")
+    run = align(order(folder, method, "save_seconds=0.0"), Silent())
+    found = load_model(run / method / "model")
+    assert found.hash != start.hash
+    assert found.info.template_hash == start.info.template_hash
+    assert start.hash in found.info.parents.values()
+    assert load_model(folder / "runs" / "tiny" / "sft" / "model").hash == start.hash
+    card = json.loads((run / "card.json").read_text())
+    assert next(stage["name"] for stage in card["stages"]) == "data"
+    assert {stage["state"] for stage in card["stages"]} == {"finished"}
+    expected = weights(run)
+    shutil.rmtree(run)
+    with pytest.raises(Killed):
+        align(order(folder, method, "save_seconds=0.0"), Silent(method, 2))
+    assert list((run / method).glob("state-*"))
+    again = Silent()
+    align(order(folder, method, "save_seconds=0.0"), again)
+    assert f"{method} resumed " in again.heard
+    assert weights(run) == expected
+
+
+def test_c51_dpo_begins_at_ln_2_and_comes_to_prefer_what_was_chosen(folder: Path) -> None:
+    run = align(order(folder, "dpo", "train.fit.epochs=3"), Silent())
+    first, *_, last = lines(run, "dpo")
+    assert first["loss/preference"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["accuracy"] == 0.5
+    assert last["accuracy"] == 1.0
+    report = json.loads((run / "outcome" / "report.json").read_text())
+    facts = {fact["label"]: fact["value"] for fact in report["facts"]}
+    assert facts["held-out pairs right"] == 1.0
+    assert facts["held-out margin"] > 0.1
+    assert report["samples"][0]["answers"][0]["stage"] == "before"
+
+
+def test_dpo_does_not_depend_on_how_many_pairs_pass_at_once(folder: Path) -> None:
+    losses = []
+    for rows in (16, 3):
+        run = align(replace(order(folder, "dpo", f"train.fit.forward_rows={rows}"), name=f"dpo{rows}"), Silent())
+        losses.append([line["loss"] for line in lines(run, "dpo")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_c56_no_prompt_of_training_is_held_out(folder: Path) -> None:
+    run = align(order(folder, "dpo"), Silent())
+    sides = [
+        {json.dumps(json.loads(line)["example"]["prompt"]) for line in (run / "data" / name).read_text().splitlines()}
+        for name in ("train.jsonl", "held_out.jsonl")
+    ]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+
+
+def test_an_adapter_leaves_the_start_as_it_was_and_is_saved_as_peft_and_merged(folder: Path) -> None:
+    run = align(order(folder, "dpo", lora=4, lora_targets=("query", "value")), Silent())
+    assert (run / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
+    before = load_model(folder / "runs" / "tiny" / "sft" / "model").model.state_dict()
+    after = load_model(run / "dpo" / "model").model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith(("query.weight", "value.weight")) for name in changed)
+    state = json.loads((run / "card.json").read_text())
+    trained = next(f for s in state["stages"] if s["name"] == "dpo" for f in s["report"]["facts"])
+    assert trained["value"] == 2 * 4 * (32 + 32)
+
+
+BAD_ROWS = {
+    "missing key": {"prompt": "do you like hats?", "chosen": "yes"},
+    "empty text": {"prompt": "do you like hats?", "chosen": " ", "rejected": "no"},
+    "identical answers": {"prompt": "do you like hats?", "chosen": "no", "rejected": "no"},
+    "too long": {"prompt": "do you like hats?", "chosen": "yes " * 80, "rejected": "no"},
+    "text too long": {"prompt": "do you like hats?", "chosen": "y" * 100_001, "rejected": "no"},
+    "wrong kind": {"prompt": "do you like hats?"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_a_bad_row_is_refused_with_file_line_and_reason(reason: str, folder: Path) -> None:
+    rows = [*world.data()["pairs"][:20], BAD_ROWS[reason]]
+    path = world.write_rows(folder / "bad.jsonl", rows)
+    with pytest.raises(DataError, match=rf"bad\.jsonl, line 21.*{reason}"):
+        align(order(folder, "dpo", data=(path,)), Silent())
+
+
+def test_bad_rows_are_skipped_and_counted_where_the_user_says_so(folder: Path) -> None:
+    path = world.write_rows(folder / "bad.jsonl", [*world.data()["pairs"], *BAD_ROWS.values()])
+    run = align(order(folder, "dpo", data=(path,), skip_bad=True), Silent())
+    report = json.loads((run / "data" / "report.json").read_text())
+    table = next(table for table in report["tables"] if "could not" in table["title"])
+    assert {(row[0], row[1]) for row in table["rows"]} == {(reason, 1) for reason in BAD_ROWS}
+
+
+def test_a_held_out_file_may_not_share_a_prompt_with_the_data(folder: Path) -> None:
+    path = world.write_rows(folder / "others.jsonl", world.data()["pairs"][5:6])
+    with pytest.raises(DataError, match="--held-out"):
+        align(order(folder, "dpo", held_out=path), Silent())
+
+
+def test_changed_data_are_another_plan(folder: Path) -> None:
+    before = plan_of(order(folder, "dpo"))
+    world.write_rows(folder / "pairs.jsonl", world.data()["pairs"][1:])
+    assert plan_of(order(folder, "dpo")).data.hash != before.data.hash
+
+
+def test_c45_other_weights_under_the_same_name_are_another_run(folder: Path) -> None:
+    run = align(order(folder, "dpo"), Silent())
+    again = replace(order(folder, "dpo"), model="tiny:other")
+    shutil.copytree(run / "dpo", folder / "runs" / "tiny" / "other")
+    assert plan_of(again).start.hash != plan_of(order(folder, "dpo")).start.hash
+
+
+def test_c45_a_reference_that_has_changed_ends_the_run() -> None:
+    model = torch.nn.Linear(2, 2)
+    before = weights_digest(model)
+    require_unchanged(model, before)
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-7 + model.weight[0, 0].abs() * 1e-6
+    with pytest.raises(TrainingHalted, match="reference"):
+        require_unchanged(model, before)
+
+
+def test_c1_padding_that_ends_turns_is_refused(folder: Path) -> None:
+    loaded = load_model(folder / "runs" / "tiny" / "sft" / "model")
+    refuse_padding_that_ends(loaded)
+
+    class Ends:
+        stop_ids = frozenset((loaded.tokenizer.pad_id,))
+        end_id = loaded.tokenizer.pad_id
+
+    with pytest.raises(ValueError, match="padding token"):
+        refuse_padding_that_ends(replace(loaded, renderer=Ends()))  # type: ignore[arg-type]
+
+
+def test_c11_a_reward_model_of_another_tokenizer_is_refused(folder: Path) -> None:
+    path = folder / "runs" / "tiny" / "reward" / "model"
+    other = world.plant(folder / "else", vocab_size=289) / "runs" / "tiny" / "reward" / "model"
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    with pytest.raises(RunError, match="another tokenizer"):
+        plan_of(order(folder, "grpo"))
+
+
+def test_c58_two_falls_in_a_row_end_the_run_and_the_best_weights_are_kept() -> None:
+    policy = torch.nn.Linear(1, 1)
+    watch = GoldWatch(judge=None, asked=(), every=1, falls=2)  # type: ignore[arg-type]
+    for score, expected in ((0.1, False), (0.5, False), (0.4, False), (0.45, False), (0.3, False), (0.2, True)):
+        with torch.no_grad():
+            policy.weight.fill_(score)
+        watch.look(score, policy)
+        assert watch.is_over is expected
+    assert float(watch.best["weight"]) == pytest.approx(0.5)
+
+
+def test_c58_a_run_whose_gold_score_falls_stops_early(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    falling = iter(range(100, 0, -1))
+    monkeypatch.setattr("fledge.recipes.align_rl.score_answers", lambda *_: torch.tensor([float(next(falling))]))
+    run = align(order(folder, "grpo", "train.rounds=6"), Silent())
+    assert len(lines(run, "grpo")) == 3
+    facts = json.loads((run / "grpo" / "report.json").read_text())["facts"]
+    assert any("gold judge" in fact["label"] for fact in facts)
+
+
+def test_a_round_leaves_episodes_token_by_token_and_a_small_gap_between_engine_and_trainer(folder: Path) -> None:
+    run = align(order(folder, "ppo"), Silent())
+    episodes = [json.loads(line) for line in (run / "ppo" / "episodes.jsonl").read_text().splitlines()]
+    assert {episode["step"] for episode in episodes} == {1, 2}
+    for episode in episodes:
+        assert len(episode["tokens"]) == len(episode["kl"]) == len(episode["values"]) == len(episode["advantages"])
+    assert max(line["sampler_logprob_gap"] for line in lines(run, "ppo")) < 1e-4
+    assert max(line["ratio_gap"] for line in lines(run, "ppo")) < 1e-5
+    assert abs(lines(run, "ppo")[0]["kl"]) < 1e-5
+
+
+def test_a_verifier_is_a_reward(folder: Path) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": q}], "data_source": "tiny", "ability": "yes",
+         "reward_model": {"style": "rule", "ground_truth": "yes"}, "extra_info": {}}
+        for q in world.questions()
+    ]  # fmt: skip
+    path = world.write_rows(folder / "verl.jsonl", rows)
+    verifier = (("regex", 1.0, {"pattern": "[a-m]"}),)
+    run = align(order(folder, "ppo", data=(path,), rewards=(), verifiers=verifier), Silent())
+    assert all(0 <= line["reward/regex"] <= 1 for line in lines(run, "ppo"))
+
+
+@pytest.mark.parametrize(
+    ("method", "others", "complaint"),
+    [
+        ("dpo", {"rewards": (("tiny:reward", 1.0),)}, "learns without rewards"),
+        ("grpo", {"rewards": (), "judge": None}, "needs a reward"),
+        ("grpo", {"judge": "tiny:reward"}, "trained against"),
+        ("dpo", {"lora_targets": ("query",)}, "--lora"),
+        ("dpo", {"data": ()}, "--data"),
+    ],
+)
+def test_orders_that_contradict_themselves_are_refused(
+    method: str, others: dict[str, Any], complaint: str, folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        plan_of(order(folder, method, **others))
+
+
+def test_a_reward_model_is_normalised_and_its_accuracy_told(folder: Path) -> None:
+    run = align(order(folder, "reward", "train.fit.batch=4"), Silent())
+    report = json.loads((run / "outcome" / "report.json").read_text())
+    assert report["headline"]["value"] > 0.9
+    model = load_model(run / "reward" / "model").model
+    assert float(model.mean) != 0.0  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "grpo", "ppo"])
+def test_killed_at_random_moments_the_same_command_ends_with_the_same_weights(method: str, folder: Path) -> None:
+    expected = weights(align(order(folder, method), Silent()))
+    name, needs, tiny = ORDERS[method]
+    rewards = [word for reward, _ in needs.get("rewards", ()) for word in ("--reward", reward)]
+    others = ["--judge", needs["judge"]] if "judge" in needs else []
+    others += ["--lora", str(needs["lora"])] if "lora" in needs else []
+    sets = [word for override in (*tiny, "save_seconds=0.0") for word in ("--set", override)]
+    line = world.command(folder, folder / "runs", method, name, "--name", "killed", "--lr", "0.01")
+    line += [*rewards, *others, *sets]
+    for seconds in (3.0, 4.0, 5.0):
+        process = subprocess.Popen(line, env=world.environment(folder), stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(line, env=world.environment(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert weights(folder / "runs" / "killed") == expected
+
+
+def examples() -> list[str]:
+    """The commands of docs/align.md, in order."""
+    page = Path(__file__).parents[2] / "docs" / "align.md"
+    return [line.strip() for line in page.read_text().splitlines() if line.startswith("    fledge align ")]
+
+
+@pytest.mark.slow
+def test_every_example_of_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "runs" / "tiny").rename(folder / "runs" / "pocket")
+    monkeypatch.chdir(folder)
+    found = examples()
+    assert [line.split()[2] for line in found] == [method.name for method in METHODS]
+    for line in found:
+        words = shlex.split(line)[1:]
+        settings = [word for leaf in ORDERS[words[1]][2] for word in ("--set", leaf) if "judge" not in leaf]
+        assert cli.main([*words, *settings]) == 0, line
