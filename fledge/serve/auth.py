@@ -1,7 +1,7 @@
 """Who asks: a bearer key becomes a `Principal`, or the request ends with 401 or 403.
 
-Every route asks for a key through the app's own dependency (`authenticate`); those that need none are listed in
-`PUBLIC`, which a test holds against the app.
+guard.py asks before it reads a body, whatever the path; the paths that need no key are listed in `PUBLIC`, which a test
+holds against the app.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ class Keys:
         return found
 
 
-def bearer_of(request: Request) -> str:
-    """The key of the Authorization header; 401 without one."""
-    given = request.headers.get("authorization")
+def bearer_of(given: str | None) -> str:
+    """The key in an Authorization header; 401 without one."""
     if given is None:
         raise _unauthorized("You did not provide an API key: send the header Authorization: Bearer YOUR_KEY")
     scheme, _, key = given.partition(" ")
@@ -73,19 +72,21 @@ def bearer_of(request: Request) -> str:
     return key
 
 
-async def authenticate(request: Request) -> None:
-    """The app's dependency: `request.state.principal` is set, or the route is public, or it ends here."""
-    if request.scope["route"].path in PUBLIC:
-        return
-    principal = await request.app.state.fledge.keys.principal(bearer_of(request))
+async def authenticate(keys: Keys, path: str, given: str | None, notes: dict[str, str]) -> Principal | None:
+    """Who asks, by the Authorization header; None on a public path. 401, or 429 when the key's requests are used up.
+
+    `notes` are headers for the answer, whatever it will be.
+    """
+    if path in PUBLIC:
+        return None
+    principal = await keys.principal(bearer_of(given))
     if principal is None:
         raise _unauthorized("Incorrect API key provided", "invalid_api_key")
-    request.state.principal = principal
-    notes: dict[str, str] = request.state.notes
     try:
         principal.budgets.charge("requests", 1)
     finally:
         notes.update(principal.budgets.headers())
+    return principal
 
 
 def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:

@@ -101,9 +101,7 @@ class Chat:
         body = self.body
         return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
-    async def _answer(
-        self, job: Job, generation: Generation, asked: EngineRequest, choices: list[ChatChoice]
-    ) -> None:
+    async def _answer(self, job: Job, generation: Generation, asked: EngineRequest, choices: list[ChatChoice]) -> None:
         options = self.body.stream_options
         wants_usage = bool(options and options.include_usage)
         is_padded = options is None or options.include_obfuscation is not False

@@ -65,9 +65,7 @@ class ChatChoice:
 
     def __post_init__(self) -> None:
         if self.toolbox.names:
-            self._reader = CallReader(
-                self.model.style, self.toolbox.names, lambda _: "call_" + secrets.token_hex(12)
-            )
+            self._reader = CallReader(self.model.style, self.toolbox.names, lambda _: "call_" + secrets.token_hex(12))
 
     def take(self, event: TokenEvent) -> Iterator[tuple[Delta, list[dict[str, Any]] | None]]:
         """The deltas of this event, each with the log-probabilities that go with it."""

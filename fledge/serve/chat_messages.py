@@ -55,9 +55,7 @@ def _text(message: ChatMessage, where: str) -> str:
         raise refused("this model reads no audio", f"{where}.audio", "unsupported_parameter")
     if content is None:
         if message.role != "assistant":
-            raise refused(
-                f"a message of role '{message.role}' needs content", f"{where}.content", "invalid_value"
-            )
+            raise refused(f"a message of role '{message.role}' needs content", f"{where}.content", "invalid_value")
         return message.refusal or ""
     if isinstance(content, str):
         return content
@@ -107,9 +105,7 @@ def to_toolbox(body: ChatRequest) -> Toolbox:
         box = make_toolbox(body.functions, choice, is_parallel=False, place="functions")
         return Toolbox(box.tools, box.choice, is_parallel=False, is_deprecated=True)
     if body.tool_choice not in (None, "none", "auto"):
-        raise refused(
-            "'tool_choice' is only allowed when 'tools' are specified", "tool_choice", "invalid_value"
-        )
+        raise refused("'tool_choice' is only allowed when 'tools' are specified", "tool_choice", "invalid_value")
     return Toolbox()
 
 
@@ -153,11 +149,7 @@ def _choice(given: str | dict[str, Any] | None) -> tuple[str, list[str] | None]:
             raise complaint
         return given, None
     inner = given.get("allowed_tools", given)
-    if (
-        given.get("type") == "allowed_tools"
-        and isinstance(inner, dict)
-        and inner.get("mode") in ("auto", "required")
-    ):
+    if given.get("type") == "allowed_tools" and isinstance(inner, dict) and inner.get("mode") in ("auto", "required"):
         return inner["mode"], [_name_in(tool, complaint) for tool in inner.get("tools", [])]
     if given.get("type") != "function":
         raise complaint
@@ -177,12 +169,8 @@ def to_grammar(toolbox: Toolbox, form: ResponseFormat | None, style: CallStyle) 
     """What the answer is held to; None for any text."""
     is_plain = form is None or form.type == "text"
     if toolbox.names and not is_plain:
-        message = (
-            "a format together with tools that may be called; set tool_choice to 'none', or ask without tools"
-        )
-        raise refused(
-            f"'response_format' is not supported: {message}", "response_format", "unsupported_parameter"
-        )
+        message = "a format together with tools that may be called; set tool_choice to 'none', or ask without tools"
+        raise refused(f"'response_format' is not supported: {message}", "response_format", "unsupported_parameter")
     if is_plain:
         return call_grammar(toolbox.tools, toolbox.choice, style, is_parallel=toolbox.is_parallel)
     assert form is not None

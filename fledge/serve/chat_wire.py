@@ -161,12 +161,8 @@ SAMPLING_FIELDS = (
     FieldRule("frequency_penalty", "honoured", ""),
     FieldRule("presence_penalty", "honoured", ""),
     FieldRule("logit_bias", "honoured", "by token id; see /tokenize"),
-    FieldRule(
-        "seed", "honoured", "the same request with the same seed gets the same answer from the same model"
-    ),
-    FieldRule(
-        "stop", "honoured", "up to 4 texts, found across the borders of tokens and never part of the answer"
-    ),
+    FieldRule("seed", "honoured", "the same request with the same seed gets the same answer from the same model"),
+    FieldRule("stop", "honoured", "up to 4 texts, found across the borders of tokens and never part of the answer"),
     FieldRule("n", "honoured", ""),
     FieldRule("stream", "honoured", ""),
     FieldRule(
@@ -195,9 +191,7 @@ CHAT_FIELDS = (
         "honoured",
         "enforced while the answer is drawn; a schema that cannot be is refused",
     ),
-    FieldRule(
-        "tools", "honoured", "functions; their arguments are held to the schema. Custom tools are refused"
-    ),
+    FieldRule("tools", "honoured", "functions; their arguments are held to the schema. Custom tools are refused"),
     FieldRule("tool_choice", "honoured", "enforced while the answer is drawn"),
     FieldRule("parallel_tool_calls", "honoured", ""),
     FieldRule("functions", "honoured", "the deprecated form; `tools` goes before it"),

@@ -41,9 +41,7 @@ async def create(
     if best_of is not None and best_of < n:
         raise refused(f"best_of {best_of} must be at least n {n}", "best_of", "invalid_value")
     if body.stream and best_of is not None and best_of > n:
-        raise refused(
-            "the best answers are known at the end: no 'best_of' with 'stream'", "best_of", "invalid_value"
-        )
+        raise refused("the best answers are known at the end: no 'best_of' with 'stream'", "best_of", "invalid_value")
     task = TextTask(state_of(request), principal, body, request.state.notes)
     job = await task.state.jobs.start(principal.owner, "text_completion", task.run, is_kept=is_kept)
     if body.stream:
@@ -131,8 +129,7 @@ class TextTask:
         """Run all prompts side by side; their answers in order."""
         n = self.body.n or 1
         choices = [
-            [TextChoice(i * n + k, generation.model, self.body.logprobs) for k in range(n)]
-            for i in range(len(asked))
+            [TextChoice(i * n + k, generation.model, self.body.logprobs) for k in range(n)] for i in range(len(asked))
         ]
         async with asyncio.TaskGroup() as group:
             for request, own, text in zip(asked, choices, shown, strict=True):
@@ -169,9 +166,7 @@ class TextTask:
             piece = choice.end("length") if self.body.max_tokens == 0 else choice.take(event)
             self._say(job, generation, choice, piece)
 
-    def _say(
-        self, job: Job, generation: Generation, choice: TextChoice, piece: dict[str, Any] | None
-    ) -> None:
+    def _say(self, job: Job, generation: Generation, choice: TextChoice, piece: dict[str, Any] | None) -> None:
         if self.body.stream and piece is not None:
             chunk = {**self._head(generation.model), "choices": [{"index": choice.index, **piece}]}
             if self.body.stream_options and self.body.stream_options.include_usage:

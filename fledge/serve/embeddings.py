@@ -58,9 +58,7 @@ async def create(
 ) -> Response:
     request.state.notes.update(obey(EMBEDDING_FIELDS, body))
     state = state_of(request)
-    job = await state.jobs.start(
-        principal.owner, "embedding", lambda _: _embed(state, principal, body, request)
-    )
+    job = await state.jobs.start(principal.owner, "embedding", lambda _: _embed(state, principal, body, request))
     try:
         assert job.task is not None
         await asyncio.wait((job.task,))
@@ -71,9 +69,7 @@ async def create(
     return json_response(job.result)
 
 
-async def _embed(
-    state: State, principal: Principal, body: EmbeddingRequest, request: Request
-) -> dict[str, Any]:
+async def _embed(state: State, principal: Principal, body: EmbeddingRequest, request: Request) -> dict[str, Any]:
     began = time.perf_counter()
     async with state.hub.use(principal.owner, body.model) as model:
         rows = await asyncio.to_thread(_rows, model, body)
@@ -108,9 +104,7 @@ def _rows(model: ServedModel, body: EmbeddingRequest) -> list[list[int]]:
             raise refused(message, where, "invalid_value")
         rows.append(given)
     if sum(map(len, rows)) > MAX_REQUEST_TOKENS:
-        raise refused(
-            f"the inputs have more than {MAX_REQUEST_TOKENS} tokens together", "input", "too_many_tokens"
-        )
+        raise refused(f"the inputs have more than {MAX_REQUEST_TOKENS} tokens together", "input", "too_many_tokens")
     return rows
 
 

@@ -86,16 +86,10 @@ def api_error(error: BaseException) -> ApiError:
     log.error("a request failed", exc_info=error)
     if isinstance(error, SQLAlchemyError):
         headers = {"retry-after": "1"}
-        return ApiError(
-            503, "The database is not available; try again", code="store_unavailable", headers=headers
-        )
+        return ApiError(503, "The database is not available; try again", code="store_unavailable", headers=headers)
     if isinstance(error, OSError):
-        return ApiError(
-            503, "The server's disk or network is not available; try again", code="system_unavailable"
-        )
-    return ApiError(
-        500, "The server had an error while it answered; its log says more", code="internal_error"
-    )
+        return ApiError(503, "The server's disk or network is not available; try again", code="system_unavailable")
+    return ApiError(500, "The server had an error while it answered; its log says more", code="internal_error")
 
 
 def error_response(error: ApiError) -> Response:
@@ -140,9 +134,7 @@ def install(app: FastAPI) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 404:
-            found = ApiError(
-                404, f"Unknown request URL: {request.method} {request.url.path}", code="unknown_url"
-            )
+            found = ApiError(404, f"Unknown request URL: {request.method} {request.url.path}", code="unknown_url")
             found.kind = "invalid_request_error"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed here"

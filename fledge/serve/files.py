@@ -59,9 +59,7 @@ async def upload(
     file: Annotated[UploadFile, File(description="the content")],
     purpose: Annotated[str, Form(description=", ".join(stored.PURPOSES))],
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
-    seconds: Annotated[
-        int | None, Form(alias="expires_after[seconds]", ge=MIN_SECONDS, le=MAX_SECONDS)
-    ] = None,
+    seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=MIN_SECONDS, le=MAX_SECONDS)] = None,
 ) -> Response:
     if purpose not in stored.PURPOSES:
         raise refused(f"a purpose is one of {', '.join(stored.PURPOSES)}", "purpose", "invalid_value")

@@ -83,9 +83,7 @@ class Generation:
         num_answers = sum(request.best_of or request.n for request in requests)
         if num_answers > self.state.config.max_answers:
             most = self.state.config.max_answers
-            raise refused(
-                f"{num_answers} answers are asked for in one request, at most {most} are given", "n"
-            )
+            raise refused(f"{num_answers} answers are asked for in one request, at most {most} are given", "n")
         cost = sum(len(r.prompt_ids) + r.params.max_tokens * (r.best_of or r.n) for r in requests)
         self.principal.budgets.charge("tokens", cost)
         self._charged += cost
@@ -153,18 +151,14 @@ class Generation:
                 continue
             is_number = key.isascii() and key.isdigit() and len(key) <= 10
             if not (is_number and int(key) < self.model.tokenizer.vocab_size):
-                message = (
-                    f"'{key[:50]}' is no token id; ids go from 0 to {self.model.tokenizer.vocab_size - 1}"
-                )
+                message = f"'{key[:50]}' is no token id; ids go from 0 to {self.model.tokenizer.vocab_size - 1}"
                 raise refused(message, "logit_bias", "invalid_value")
             biases.append((int(key), bias))
         return tuple(biases)
 
     def _min_tokens(self, asked: int, max_tokens: int) -> int:
         if asked > max_tokens:
-            raise refused(
-                f"min_tokens {asked} is more than the {max_tokens} that the answer may have", "min_tokens"
-            )
+            raise refused(f"min_tokens {asked} is more than the {max_tokens} that the answer may have", "min_tokens")
         return asked
 
 

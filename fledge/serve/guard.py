@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fledge.serve.auth import Keys, authenticate
 from fledge.serve.errors import ApiError, api_error, error_response, refused
 from fledge.serve.metrics import Metrics
 
@@ -49,8 +50,8 @@ class Visit:
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
-        self._app, self._limits, self._metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, keys: Keys) -> None:
+        self._app, self._limits, self._metrics, self._keys = app, limits, metrics, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +77,14 @@ class Guard:
             self._record(scope, visit)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, visit: Visit) -> None:
+        if b"%00" in scope.get("raw_path", b"") or "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            raise refused("The URL holds a NUL character", code="invalid_url")
+        # Before anything is read: nobody without a key makes the server work.
+        given = dict(scope["headers"]).get(b"authorization")
+        text = None if given is None else given.decode("latin-1")
+        principal = await authenticate(self._keys, scope["path"], text, visit.notes)
+        if principal is not None:
+            scope["state"]["principal"] = principal
         refusal, receive = await self._read(scope, receive)
         if refusal is not None:
             await error_response(refusal)(scope, receive, send)
@@ -83,15 +92,13 @@ class Guard:
             await self._app(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> tuple[ApiError | None, Receive]:
-        """What is wrong with the request as a whole, if anything, and where its body is to be read from."""
-        if b"%00" in scope.get("raw_path", b"") or "\0" in scope["path"] or b"%00" in scope["query_string"]:
-            return refused("The URL holds a NUL character", code="invalid_url"), receive
+        """What is wrong with the body as a whole, if anything, and where it is to be read from."""
         headers = dict(scope["headers"])
         kind = headers.get(b"content-type", b"").lower()
         is_upload = kind.startswith(b"multipart/")
         most = self._limits.max_upload_bytes if is_upload else self._limits.max_json_bytes
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > most:
+        if not length.isdigit() or len(length) > 15 or int(length) > most:
             return _too_large(most), receive
         if is_upload:
             return None, _limited(receive, most)
@@ -101,9 +108,7 @@ class Guard:
         depth = nesting(body) if len(body) < _THREAD_BYTES else await asyncio.to_thread(nesting, body)
         if depth > self._limits.max_json_depth:
             most = self._limits.max_json_depth
-            return refused(
-                f"The body is nested {depth} levels deep, at most {most} are read", code="too_deep"
-            ), receive
+            return refused(f"The body is nested {depth} levels deep, at most {most} are read", code="too_deep"), receive
         return None, _replay(body, receive)
 
     def _record(self, scope: Scope, visit: Visit) -> None:

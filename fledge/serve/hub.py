@@ -61,9 +61,7 @@ class _Held:
 class Hub:
     """`own` are the models that the server was started with; the first of them is the default."""
 
-    def __init__(
-        self, database: Database, loader: Loader, own: Sequence[ModelEntry], max_bytes: int | None
-    ) -> None:
+    def __init__(self, database: Database, loader: Loader, own: Sequence[ModelEntry], max_bytes: int | None) -> None:
         self._database, self._loader, self._max_bytes = database, loader, max_bytes
         self._own: Mapping[str, ModelEntry] = {entry.name: entry for entry in own}
         self._held: dict[Path, _Held] = {}
@@ -109,9 +107,7 @@ class Hub:
                 break
             entry = await self.find(owner, entry.target)
         if entry.path is None:
-            raise ApiError(
-                500, f"The model '{name[:200]}' is an alias that leads nowhere", code="internal_error"
-            )
+            raise ApiError(500, f"The model '{name[:200]}' is an alias that leads nowhere", code="internal_error")
         return entry.path
 
     @asynccontextmanager

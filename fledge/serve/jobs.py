@@ -122,9 +122,7 @@ class Jobs:
     async def open(self) -> None:
         self._keeper = asyncio.create_task(self._keep())
 
-    async def start(
-        self, owner: str, kind: str, run: Run, *, is_kept: bool = False, job_id: str | None = None
-    ) -> Job:
+    async def start(self, owner: str, kind: str, run: Run, *, is_kept: bool = False, job_id: str | None = None) -> Job:
         """Run a generation; whoever starts it is its first reader. 503 if too many run."""
         if self._is_closing or self.num_running >= self._max_running:
             headers = {"retry-after": "1"}

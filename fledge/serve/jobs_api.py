@@ -39,9 +39,7 @@ async def events(
     request: Request,
     job_id: str,
     principal: Owner,
-    after: Annotated[
-        int | None, Query(ge=-1, lt=2**53, description="the number of the last event you have")
-    ] = None,
+    after: Annotated[int | None, Query(ge=-1, lt=2**53, description="the number of the last event you have")] = None,
     last_event_id: Annotated[int | None, Header(ge=-1, lt=2**53)] = None,
 ) -> Response:
     """The job's stream from behind an event on; `Last-Event-ID` says the same as `after`."""
@@ -49,9 +47,7 @@ async def events(
     if job is None:
         raise not_found("job", job_id)
     last = after if after is not None else last_event_id
-    return EventStream(
-        job, start=0 if last is None else last + 1, is_named=job.kind == "response", is_numbered=True
-    )
+    return EventStream(job, start=0 if last is None else last + 1, is_named=job.kind == "response", is_numbered=True)
 
 
 @router.post("/{job_id}/cancel")
@@ -59,9 +55,7 @@ async def cancel(request: Request, job_id: str, principal: Owner) -> Response:
     """End it; what it has said stays in its log."""
     state = state_of(request)
     if not await state.jobs.cancel(principal.owner, job_id):
-        known = state.jobs.find(principal.owner, job_id) or await find_job(
-            state.database, principal.owner, job_id
-        )
+        known = state.jobs.find(principal.owner, job_id) or await find_job(state.database, principal.owner, job_id)
         if known is None:
             raise not_found("job", job_id)
         return json_response(_show(known.id, known.kind, known.status))

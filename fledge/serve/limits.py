@@ -63,9 +63,7 @@ class Budgets:
         if bucket is None:
             return
         if amount > bucket.per_minute:
-            raise _exceeded(
-                kind, f"this request needs {amount}, the key has {bucket.per_minute} a minute", None
-            )
+            raise _exceeded(kind, f"this request needs {amount}, the key has {bucket.per_minute} a minute", None)
         wait = bucket.take(amount)
         if wait > 0:
             raise _exceeded(

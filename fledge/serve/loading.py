@@ -72,9 +72,7 @@ def read_renderer(path: Path) -> tuple[Renderer, dict[str, Any]]:
         described = json.loads((path / "run.json").read_text(encoding="utf-8"))
         files = {str(name): str(digest) for name, digest in described["files"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint that can be read ({error}); name RUN or RUN:STAGE"
-        ) from error
+        raise CheckpointError(f"{path}: not a checkpoint that can be read ({error}); name RUN or RUN:STAGE") from error
     for name in ("tokenizer.json", "template.json"):
         if name in files and (not (path / name).is_file() or sha256_file(path / name) != files[name]):
             raise CheckpointError(f"{path / name}: missing or altered; make or import the model again")

@@ -16,16 +16,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = self._counter(
-            "fledge_http_requests", "Requests answered", "method", "route", "status"
-        )
-        self._latency = self._histogram(
-            "fledge_http_request_seconds", "Whole answers, streams included", "route"
-        )
+        self._requests = self._counter("fledge_http_requests", "Requests answered", "method", "route", "status")
+        self._latency = self._histogram("fledge_http_request_seconds", "Whole answers, streams included", "route")
         self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts", "model_name")
-        self._cached = self._counter(
-            "vllm:prefix_cache_hits", "Tokens of prompts found in the cache", "model_name"
-        )
+        self._cached = self._counter("vllm:prefix_cache_hits", "Tokens of prompts found in the cache", "model_name")
         self._queried = self._counter(
             "vllm:prefix_cache_queries", "Tokens of prompts looked up in the cache", "model_name"
         )
@@ -33,17 +27,11 @@ class Metrics:
         self._finished = self._counter(
             "vllm:request_success", "Answers by how they ended", "model_name", "finished_reason"
         )
-        self._first = self._histogram(
-            "vllm:time_to_first_token_seconds", "Until the first token", "model_name"
-        )
-        self._whole = self._histogram(
-            "vllm:e2e_request_latency_seconds", "Until the last token", "model_name"
-        )
+        self._first = self._histogram("vllm:time_to_first_token_seconds", "Until the first token", "model_name")
+        self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Until the last token", "model_name")
         self._running = self._gauge("vllm:num_requests_running", "Answers being written", "model_name")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Answers not begun", "model_name")
-        self._usage = self._gauge(
-            "vllm:kv_cache_usage_perc", "Share of the cache's blocks in use", "model_name"
-        )
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the cache's blocks in use", "model_name")
 
     def http(self, method: str, route: str, status: int, seconds: float) -> None:
         self._requests.labels(method, route, str(status)).inc()

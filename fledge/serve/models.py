@@ -35,31 +35,23 @@ def show(entry: ModelEntry) -> dict[str, Any]:
 
 
 @router.get("", responses={200: {"model": ModelList}})
-async def list_models(
-    request: Request, principal: Annotated[Principal, Depends(needs("models"))]
-) -> Response:
+async def list_models(request: Request, principal: Annotated[Principal, Depends(needs("models"))]) -> Response:
     entries = await state_of(request).hub.available(principal.owner)
     return json_response({"object": "list", "data": [show(entry) for entry in entries]})
 
 
 @router.get("/{model:path}", responses={200: {"model": Model}})
-async def retrieve(
-    request: Request, model: str, principal: Annotated[Principal, Depends(needs("models"))]
-) -> Response:
+async def retrieve(request: Request, model: str, principal: Annotated[Principal, Depends(needs("models"))]) -> Response:
     return json_response(show(await state_of(request).hub.find(principal.owner, model)))
 
 
 @router.delete("/{model:path}", responses={200: {"model": Deleted}})
-async def delete(
-    request: Request, model: str, principal: Annotated[Principal, Depends(needs("models"))]
-) -> Response:
+async def delete(request: Request, model: str, principal: Annotated[Principal, Depends(needs("models"))]) -> Response:
     """Forget a fine-tuned model of one's own."""
     hub = state_of(request).hub
     entry = await hub.find(principal.owner, model)
     if not entry.is_deletable:
-        raise ApiError(
-            403, f"The model '{model[:200]}' is not yours to delete", param="model", code="not_allowed"
-        )
+        raise ApiError(403, f"The model '{model[:200]}' is not yours to delete", param="model", code="not_allowed")
     if not await hub.delete(principal.owner, model):
         raise not_found("model", model)
     return json_response({"id": model, "object": "model", "deleted": True})

@@ -117,9 +117,7 @@ class Answering:
             status = "failed" if isinstance(error, Exception) else "cancelled"
             body = self.body(status, error=api_error(error) if status == "failed" else None)
             if self.num_events:
-                self._emit(
-                    job, {"type": f"response.{status}", "response": body}, is_logged=status == "failed"
-                )
+                self._emit(job, {"type": f"response.{status}", "response": body}, is_logged=status == "failed")
             if self.is_stored:
                 await update_response(self.state.database, self.principal.owner, self.id, body)
             raise
@@ -142,15 +140,11 @@ class Answering:
             self.writer = Writer(model, toolbox, self._wants_logprobs, is_padded)
             prompt = await self._reader(model).prompt(conversation)
             told = (request.top_logprobs or 0) if self._wants_logprobs else None
-            shape = Shape(
-                request.max_output_tokens, top_logprobs=told, grammar=grammar_of(request, toolbox, model)
-            )
+            shape = Shape(request.max_output_tokens, top_logprobs=told, grammar=grammar_of(request, toolbox, model))
             if self.is_stored:
                 await update_response(self.state.database, owner, self.id, self.body("in_progress"))
             with Generation(self.state, self.principal, model, self.model_name, self.notes) as generation:
-                await self._generate(
-                    job, generation, generation.plan(request.sampling(self.model_name), prompt, shape)
-                )
+                await self._generate(job, generation, generation.plan(request.sampling(self.model_name), prompt, shape))
 
     async def _generate(self, job: Job, generation: Generation, asked: EngineRequest) -> None:
         generation.charge([asked])

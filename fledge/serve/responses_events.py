@@ -96,9 +96,7 @@ class Writer:
         if piece.name is not None:
             yield from self._close()
             call = {"call_id": piece.id, "name": piece.name, "arguments": ""}
-            yield from self._open(
-                {"id": new_id("fc_"), "type": "function_call", "status": "in_progress", **call}
-            )
+            yield from self._open({"id": new_id("fc_"), "type": "function_call", "status": "in_progress", **call})
         if piece.arguments:
             self._last["arguments"] += piece.arguments
             delta = {**self._place("response.function_call_arguments.delta"), "delta": piece.arguments}

@@ -119,9 +119,7 @@ def _add_call(messages: list[Message], call: CallPart) -> None:
 def toolbox_of(body: ResponseContext) -> Toolbox:
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
-            raise refused(
-                "'tool_choice' is only allowed when 'tools' are specified", "tool_choice", "invalid_value"
-            )
+            raise refused("'tool_choice' is only allowed when 'tools' are specified", "tool_choice", "invalid_value")
         return Toolbox()
     specs = [_function(tool, i) for i, tool in enumerate(body.tools)]
     choice = body.tool_choice
@@ -134,9 +132,7 @@ def _function(tool: ResponseTool, i: int) -> FunctionSpec:
         raise refused(message, f"tools[{i}].type", "unsupported_tool")
     if tool.name is None:
         raise refused("a function needs a name", f"tools[{i}].name", "missing_required_parameter")
-    return FunctionSpec(
-        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-    )
+    return FunctionSpec(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
 
 
 def grammar_of(body: ResponseContext, toolbox: Toolbox, model: ServedModel) -> Grammar | None:

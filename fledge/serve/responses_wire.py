@@ -124,9 +124,7 @@ class ResponseObject(Answer):
 
 CONTEXT_FIELDS = (
     FieldRule("model", "honoured", "without it, the first model that the server was started with"),
-    FieldRule(
-        "input", "honoured", "texts, calls and their results; other kinds of items are refused by name"
-    ),
+    FieldRule("input", "honoured", "texts, calls and their results; other kinds of items are refused by name"),
     FieldRule("instructions", "honoured", ""),
     FieldRule("previous_response_id", "honoured", ""),
     FieldRule("conversation", "refused", "there are no conversation objects; use previous_response_id"),
@@ -156,9 +154,7 @@ RESPONSE_FIELDS = (
     FieldRule("include", "honoured", "log-probabilities; the rest belongs to tools that there are none of"),
     FieldRule("prompt", "refused", "there are no stored prompts; send the text"),
     FieldRule("moderation", "refused", "no moderation model is served"),
-    FieldRule(
-        "context_management", "inert", "nothing is compacted; `truncation` says what happens when it is full"
-    ),
+    FieldRule("context_management", "inert", "nothing is compacted; `truncation` says what happens when it is full"),
     FieldRule("image", "inert", "says how images would be read; there are none"),
     FieldRule("access_programs", "inert", "there are none"),
     FieldRule("prompt_cache_key", "inert", "equal beginnings of prompts are found without it"),

@@ -56,9 +56,7 @@ async def tokenize(request: Request, body: TokenizeRequest, principal: User) -> 
     async with state_of(request).hub.use(principal.owner, body.model) as model:
         ids = await asyncio.to_thread(_ids, model, body)
         pieces = model.tokenizer.pieces(ids) if body.return_token_strs else None
-    return json_response(
-        {"count": len(ids), "max_model_len": model.context, "tokens": ids, "token_strs": pieces}
-    )
+    return json_response({"count": len(ids), "max_model_len": model.context, "tokens": ids, "token_strs": pieces})
 
 
 def _ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
@@ -86,9 +84,7 @@ async def tokenizer_info(
     hub = state_of(request).hub
     name = model or hub.default
     if name is None:
-        raise refused(
-            "name a model; the server was started without one", "model", "missing_required_parameter"
-        )
+        raise refused("name a model; the server was started without one", "model", "missing_required_parameter")
     async with hub.use(principal.owner, name) as served:
         return json_response(_describe(name, served))
 

@@ -126,9 +126,7 @@ class FakeEngine:
 
     async def embed(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """A direction that follows from the ids alone."""
-        seeds = [
-            int.from_bytes(hashlib.sha256(repr(list(row)).encode()).digest()[:4], "little") for row in rows
-        ]
+        seeds = [int.from_bytes(hashlib.sha256(repr(list(row)).encode()).digest()[:4], "little") for row in rows]
         drawn = np.stack([np.random.default_rng(seed).normal(size=8) for seed in seeds]).astype(np.float32)
         return np.asarray(drawn / np.linalg.norm(drawn, axis=1, keepdims=True), np.float32)
 

@@ -31,9 +31,7 @@ async def ask(client: httpx2.AsyncClient, **fields: Any) -> httpx2.Response:
     return await client.post(CHAT, json={**HELLO, **fields})
 
 
-async def test_an_answer_comes_whole_with_all_that_must_stand_in_it(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_an_answer_comes_whole_with_all_that_must_stand_in_it(client: httpx2.AsyncClient, server: Server) -> None:
     answer = await ask(client)
     body = answer.json()
     assert body["choices"] == [
@@ -50,9 +48,7 @@ async def test_an_answer_comes_whole_with_all_that_must_stand_in_it(
     assert {"x-request-id", "openai-processing-ms", "openai-version"} <= set(answer.headers)
 
 
-async def test_a_stream_joins_to_the_whole_answer_for_each_of_n(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_a_stream_joins_to_the_whole_answer_for_each_of_n(client: httpx2.AsyncClient, server: Server) -> None:
     chunks = events((await ask(client, stream=True, n=2)).text)
     for index in range(2):
         own = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
@@ -70,18 +66,13 @@ async def test_usage_comes_last_and_is_null_before(client: httpx2.AsyncClient) -
 
 async def test_padding_makes_deltas_of_one_size_unless_it_is_declined(client: httpx2.AsyncClient) -> None:
     chunks = events((await ask(client, stream=True)).text)[:-1]
-    sizes = {
-        len(chunk["choices"][0]["delta"]["content"].encode()) + len(chunk["obfuscation"])
-        for chunk in chunks[1:]
-    }
+    sizes = {len(chunk["choices"][0]["delta"]["content"].encode()) + len(chunk["obfuscation"]) for chunk in chunks[1:]}
     assert sizes == {32}
     plain = events((await ask(client, stream=True, stream_options={"include_obfuscation": False})).text)
     assert not any("obfuscation" in chunk for chunk in plain)
 
 
-async def test_calls_come_as_tool_calls_whole_and_streamed(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_calls_come_as_tool_calls_whole_and_streamed(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.text = CALL
     choice = (await ask(client, tools=[TOOL])).json()["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
@@ -94,9 +85,7 @@ async def test_calls_come_as_tool_calls_whole_and_streamed(
     assert json.loads("".join(d["function"]["arguments"] for d in deltas)) == {"x": 1}
 
 
-async def test_functions_in_the_deprecated_form_are_answered_in_it(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_functions_in_the_deprecated_form_are_answered_in_it(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.text = CALL
     choice = (await ask(client, functions=[TOOL["function"]])).json()["choices"][0]
     assert choice["finish_reason"] == "function_call"
@@ -117,9 +106,7 @@ async def test_tools_and_formats_become_grammars(client: httpx2.AsyncClient, ser
     assert json.loads((await grammar(response_format=form)).text) == schema
 
 
-async def test_logprobs_are_told_for_each_token_but_the_stop(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_logprobs_are_told_for_each_token_but_the_stop(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.text = "ab"
     told = (await ask(client, logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]
     assert set(told) == {"content", "refusal"}
@@ -154,9 +141,7 @@ async def test_sampling_reaches_the_engine_as_it_was_sent(client: httpx2.AsyncCl
     assert request.tenant == "alice"
 
 
-async def test_without_a_length_the_answer_may_fill_the_context(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_without_a_length_the_answer_may_fill_the_context(client: httpx2.AsyncClient, server: Server) -> None:
     await ask(client)
     request = server.engine.requests[-1]
     assert len(request.prompt_ids) + request.params.max_tokens == 4096
@@ -237,18 +222,14 @@ async def test_numbers_that_are_none_are_refused(client: httpx2.AsyncClient) -> 
         assert answer.status_code == 400, answer.text
 
 
-async def test_what_the_engine_refuses_is_a_400_in_a_stream_too(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_what_the_engine_refuses_is_a_400_in_a_stream_too(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.refusal = "the schema cannot be enforced"
     for stream in (False, True):
         answer = await ask(client, stream=stream)
         assert (answer.status_code, answer.json()["error"]["message"]) == (400, server.engine.refusal)
 
 
-async def test_a_dead_engine_is_a_503_or_an_error_in_the_stream(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_a_dead_engine_is_a_503_or_an_error_in_the_stream(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.dies_at = 0
     assert (await ask(client)).status_code == 503
     assert (await ask(client, stream=True)).status_code == 503

@@ -56,10 +56,7 @@ async def test_echo_puts_the_prompt_and_its_logprobs_before_the_answer(
     assert whole["text"] == "The quickxyz"
     told = whole["logprobs"]
     assert "".join(told["tokens"]) == whole["text"]
-    joined = [
-        whole["text"][start:].startswith(t)
-        for start, t in zip(told["text_offset"], told["tokens"], strict=True)
-    ]
+    joined = [whole["text"][start:].startswith(t) for start, t in zip(told["text_offset"], told["tokens"], strict=True)]
     assert all(joined)
     assert len({len(values) for values in told.values()}) == 1
     scored = (await complete(client, prompt="The quick", echo=True, logprobs=1, max_tokens=0))["choices"][0]
@@ -73,9 +70,7 @@ async def test_a_stream_joins_to_the_whole(client: httpx2.AsyncClient) -> None:
     fields = {"prompt": ["a", "b"], "n": 2, "echo": True, "max_tokens": 5}
     whole = await complete(client, **fields)
     options = {"include_usage": True}
-    answer = await client.post(
-        TEXT, json={"model": "fake", **fields, "stream": True, "stream_options": options}
-    )
+    answer = await client.post(TEXT, json={"model": "fake", **fields, "stream": True, "stream_options": options})
     told = chunks(answer.text)
     for choice in whole["choices"]:
         own = [c for chunk in told for c in chunk["choices"] if c["index"] == choice["index"]]
@@ -84,9 +79,7 @@ async def test_a_stream_joins_to_the_whole(client: httpx2.AsyncClient) -> None:
     assert (told[-1]["choices"], told[-1]["usage"]) == ([], whole["usage"])
 
 
-async def test_a_suffix_frames_the_prompt_as_it_was_taught(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_a_suffix_frames_the_prompt_as_it_was_taught(client: httpx2.AsyncClient, server: Server) -> None:
     await complete(client, prompt="ab", suffix="cd")
     shown = tokenizer().pieces(server.engine.requests[-1].prompt_ids)
     assert [piece for piece in shown if piece.startswith("<|")] == [
@@ -111,9 +104,7 @@ async def test_a_suffix_frames_the_prompt_as_it_was_taught(
         ({"prompt": "a", "max_tokens": 10**9}, "messages"),
     ],
 )
-async def test_what_cannot_be_done_is_refused(
-    client: httpx2.AsyncClient, fields: dict[str, Any], param: str
-) -> None:
+async def test_what_cannot_be_done_is_refused(client: httpx2.AsyncClient, fields: dict[str, Any], param: str) -> None:
     answer = await client.post(TEXT, json={"model": "fake", **fields})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(param)
@@ -127,9 +118,7 @@ async def test_embeddings_are_of_length_1_in_both_spellings(client: httpx2.Async
         vector = np.frombuffer(base64.b64decode(other["embedding"]), "<f4")
         np.testing.assert_array_equal(vector, np.array(one["embedding"], np.float32))
         assert abs(float(np.linalg.norm(vector)) - 1) < 1e-6
-    short = (await client.post("/v1/embeddings", json={**body, "dimensions": 3})).json()["data"][0][
-        "embedding"
-    ]
+    short = (await client.post("/v1/embeddings", json={**body, "dimensions": 3})).json()["data"][0]["embedding"]
     assert len(short) == 3
     assert abs(float(np.linalg.norm(short)) - 1) < 1e-6
     for wrong in (
@@ -150,9 +139,7 @@ async def test_texts_become_tokens_and_back(client: httpx2.AsyncClient) -> None:
     assert (await client.post("/detokenize", json={"model": "fake", "tokens": [99999]})).status_code == 400
     messages = [{"role": "user", "content": "x"}]
     chat = (
-        await client.post(
-            "/tokenize", json={"model": "fake", "messages": messages, "return_token_strs": True}
-        )
+        await client.post("/tokenize", json={"model": "fake", "messages": messages, "return_token_strs": True})
     ).json()
     assert chat["token_strs"][-1] == "<|assistant|>"
     assert (await client.get("/tokenizer_info")).json()["vocab_size"] == tokenizer().vocab_size

@@ -170,6 +170,5 @@ async def test_silence_is_filled_with_comments_that_are_no_events(jobs: Jobs) ->
     stream = EventStream(job, keep_alive_seconds=0.02)
     await stream({"type": "http"}, receive, send)
     assert (
-        b"".join(sent).replace(b": keep-alive\n\n", b"")
-        == b'data: "a"\n\ndata: "b"\n\ndata: "c"\n\ndata: [DONE]\n\n'
+        b"".join(sent).replace(b": keep-alive\n\n", b"") == b'data: "a"\n\ndata: "b"\n\ndata: "c"\n\ndata: [DONE]\n\n'
     )

@@ -42,8 +42,6 @@ def test_errors_become_the_clients_exceptions(client: OpenAI, running: tuple[Ser
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model="nope", messages=[{"role": "user", "content": "Hi"}])
     with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(
-            model="fake", messages=[{"role": "user", "content": "x"}], temperature=9
-        )
+        client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "x"}], temperature=9)
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=running[1], api_key="wrong", max_retries=0).models.list()

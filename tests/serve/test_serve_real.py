@@ -36,17 +36,13 @@ HELLO = {
 
 def write_checkpoint(directory: Path) -> Path:
     tokenizer = train_tokenizer(["the rain in the garden, 园里下雨"] * 20, TokenizerConfig(vocab_size=300))
-    model = GPT(
-        GPTConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, max_positions=256)
-    )
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, max_positions=256))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.5, generator=generator)
     hashes = {"tokenizer_hash": tokenizer.hash, "template_hash": ChatRenderer(tokenizer).hash}
-    save_model(
-        directory, model, tokenizer, CheckpointInfo("gpt", to_json(model.config), "pretrain", **hashes)
-    )
+    save_model(directory, model, tokenizer, CheckpointInfo("gpt", to_json(model.config), "pretrain", **hashes))
     return directory
 
 

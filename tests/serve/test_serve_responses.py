@@ -19,9 +19,7 @@ CALL = 'Well: <tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 def events(text: str) -> list[dict[str, Any]]:
     """The events of a stream, whose names and numbers are what their data say."""
     names = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
-    found = [
-        json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")
-    ]
+    found = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
     assert names == [event["type"] for event in found]
     numbers = [event["sequence_number"] for event in found]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
@@ -113,22 +111,16 @@ async def test_an_answer_that_is_cut_is_incomplete(client: httpx2.AsyncClient) -
     assert (none["status"], none["output"][0]["content"][0]["text"]) == ("incomplete", "")
 
 
-async def test_a_stored_stream_is_told_again_from_any_event_on(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_a_stored_stream_is_told_again_from_any_event_on(client: httpx2.AsyncClient, server: Server) -> None:
     made = (await client.post(PATH, json={"input": "Hi"})).json()
     again = events((await client.get(f"{PATH}/{made['id']}?stream=true")).text)
     assert again[-1]["response"] == made
-    assert (
-        "".join(e["delta"] for e in again if e["type"] == "response.output_text.delta") == server.engine.text
-    )
+    assert "".join(e["delta"] for e in again if e["type"] == "response.output_text.delta") == server.engine.text
     later = events((await client.get(f"{PATH}/{made['id']}?stream=true&starting_after=3")).text)
     assert later == again[4:]
 
 
-async def test_the_background_goes_on_and_its_events_are_its_own(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_the_background_goes_on_and_its_events_are_its_own(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.gate, server.engine.gate_place = asyncio.Event(), 3
     made = (await client.post(PATH, json={"input": "Hi", "background": True})).json()
     assert (made["status"], made["output"]) == ("queued", [])
@@ -158,9 +150,7 @@ async def test_the_background_is_cancelled_once_and_frees_its_blocks(
     assert (await client.post(f"{PATH}/{plain}/cancel")).status_code == 400
 
 
-async def test_a_failure_in_the_background_is_the_responses(
-    client: httpx2.AsyncClient, server: Server
-) -> None:
+async def test_a_failure_in_the_background_is_the_responses(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.dies_at = 2
     made = (await client.post(PATH, json={"input": "Hi", "background": True})).json()
     failed = await until(client, made["id"], "failed")

@@ -94,9 +94,7 @@ async def test_1_anothers_object_and_none_are_the_same_404_on_every_route(server
 async def test_1_ids_in_bodies_and_lists_are_owned_as_well(server: Server) -> None:
     alices = await make_everything(server, "alice")
     async with server.client("bob") as bob:
-        answer = await bob.post(
-            "/v1/responses", json={"input": "x", "previous_response_id": alices["response_id"]}
-        )
+        answer = await bob.post("/v1/responses", json={"input": "x", "previous_response_id": alices["response_id"]})
         assert (answer.status_code, answer.json()["error"]["param"]) == (404, "previous_response_id")
         assert (await bob.post(CHAT, json={**HELLO, "model": "ft-alice"})).status_code == 404
         for path in (CHAT, "/v1/files"):
@@ -175,6 +173,9 @@ async def test_19_depth_and_size_are_bounded(server: Server) -> None:
         large = json.dumps({**HELLO, "user": "x" * (17 << 20)})
         answer = await client.post(CHAT, content=large, headers=json_type)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+        for length in ("1" * 5000, "-1", "x"):
+            headers = {**json_type, "content-length": length}
+            assert (await client.post(CHAT, content="{}", headers=headers)).status_code == 413
         for path in ("/v1/files/a%00b", "/v1/files?after=%00"):
             assert (await client.get(path)).status_code == 400
 
@@ -200,9 +201,7 @@ async def test_28_the_log_holds_no_prompt_no_answer_and_no_key(
 ) -> None:
     caplog.set_level("DEBUG", logger="fledge")
     async with server.client() as client:
-        answer = await client.post(
-            CHAT, json={**HELLO, "messages": [{"role": "user", "content": "SECRETWORD"}]}
-        )
+        answer = await client.post(CHAT, json={**HELLO, "messages": [{"role": "user", "content": "SECRETWORD"}]})
     lines = "\n".join(record.getMessage() for record in caplog.records)
     line = json.loads(next(one.getMessage() for one in caplog.records if one.name == "fledge.access"))
     assert (line["route"], line["status"], line["owner"]) == (CHAT, 200, "alice")
