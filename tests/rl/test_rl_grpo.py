@@ -331,7 +331,7 @@ def test_every_option_is_used(name):
     found = []
     for config in (base, replace(base, **{name: OPTIONS[name]})):
         run = grpo(config, toy.world(pretrain=toy.pretrain_mix()))
-        for _ in range(2):
+        for _ in range(3):
             run.round()
         found.append({key: tensor.clone() for key, tensor in run.tensors().items()})
     assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])
