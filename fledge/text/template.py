@@ -275,6 +275,7 @@ class _Veil:
         """What the template sees of a message: placeholders with the content's own white space around them, and, in
         what the assistant said, the tags that the template asks for."""
         parts = self._tags.split(text) if self._tags and role == "assistant" else [text]
+        parts = parts if any(part.strip() for part in parts[::2]) else [text]  # tags alone are nothing to look for
         return "".join(part if index % 2 else self._hide(part, number) for index, part in enumerate(parts))
 
     def json(self, value: Any, number: int = APART) -> Any:
