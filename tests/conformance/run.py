@@ -104,14 +104,14 @@ def serving(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def await_port(server: subprocess.Popen[bytes], port: int) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if server.poll() is not None:
             raise SystemExit("the server did not start")
         with socket.socket() as trial:
             if trial.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise SystemExit("the server did not start in a minute")
+    raise SystemExit("the server did not start in five minutes")
 
 
 def free_port() -> int:
