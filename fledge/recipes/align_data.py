@@ -29,7 +29,7 @@ from fledge.files import write_text
 from fledge.objectives.preference import PreferenceIds
 from fledge.objectives.ranking import PairLabel, RankedIds
 from fledge.recipes.align_models import Context, start_of
-from fledge.recipes.align_plan import DataPlan
+from fledge.recipes.align_plan import AlignPlan, DataPlan
 from fledge.recipes.report import Fact, Licence, Table
 from fledge.text.chat import Renderer, normalise
 from fledge.types import (
@@ -254,6 +254,11 @@ def data_stage(context: Context) -> None:
     _report(context, sides, drops)
 
 
+def mixes_texts(plan: AlignPlan) -> bool:
+    """Whether texts among the data are rows of pretraining beside the episodes."""
+    return getattr(plan.train, "pretrain_weight", 0.0) > 0
+
+
 def cut_of(context: Context, renderer: Renderer) -> Cut:
     """Lengths as the method's settings say."""
     settings = context.plan.train
@@ -308,7 +313,8 @@ def _usable(path: Path, context: Context, cut: Cut, drops: Drops) -> Iterator[Fe
     convert = CONVERTERS[context.plan.method]
     for example in read(path, intake, name=plan.format):
         try:
-            convert(example, cut)
+            if not (isinstance(example, TextExample) and mixes_texts(context.plan)):
+                convert(example, cut)
         except UserError as why:
             reason, _, detail = str(why).partition(": ")
             intake.turn_away(BadRow(reason, _place(path, example), detail or reason))

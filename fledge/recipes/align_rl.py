@@ -18,11 +18,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fledge.batches import TokenBatch
+from fledge.data.pack import PackedRows, PieceList, batch
 from fledge.errors import DataError
 from fledge.formats.checkpoint import LoadedModel, load_state
 from fledge.layers.lora import add_lora
 from fledge.models.scalar import ScalarModel, twin
-from fledge.recipes.align_data import HELD_OUT, TRAIN, Asking, askings_of, cut_of
+from fledge.objectives.next_token import NextToken
+from fledge.recipes.align_data import (
+    HELD_OUT,
+    TRAIN,
+    Asking,
+    Cut,
+    askings_of,
+    cut_of,
+    examples_of,
+    mixes_texts,
+    pieces,
+)
 from fledge.recipes.align_models import (
     FROZEN_ROLES,
     Context,
@@ -48,9 +61,9 @@ from fledge.rl.rewards import Failure, Part, Records, RewardSum, VerifierReward
 from fledge.rl.rollout import RewardModelScorer
 from fledge.rl.sampler import EngineSampler
 from fledge.rl.saving import load_trainable, trainable
-from fledge.rl.world import Round, World
+from fledge.rl.world import PretrainMix, Round, World
 from fledge.train.metrics import JsonLines
-from fledge.types import Metrics
+from fledge.types import Metrics, TextExample
 
 EPISODES_SHOWN = 2  # of every round, token by token
 
@@ -170,8 +183,31 @@ def world_of(context: Context, start: LoadedModel, judge: Judge) -> World:
         end_id=renderer.end_id,
         sampler=EngineSampler(start.tokenizer, stop_ids),
         scorer=scorer,
+        pretrain=_pretrain_mix(context, start) if mixes_texts(context.plan) else None,
         dump_folder=context.path,
     )
+
+
+def _pretrain_mix(context: Context, start: LoadedModel) -> PretrainMix:
+    """The texts among the data as rows beside the episodes (PPO-ptx; Ouyang et al. 2022, section 3.5)."""
+    config = context.plan.train
+    row_length = config.prompt_length + config.response_length
+    cut = Cut(start.renderer, row_length)
+    texts = [
+        piece
+        for example in examples_of(context, TRAIN)
+        if isinstance(example, TextExample)
+        for piece in pieces(example, cut)
+    ]
+    if not texts:
+        raise DataError("train.pretrain_weight is above 0, but the data hold no text; add a file of texts to --data")
+    rows = PackedRows(PieceList(texts), row_length, context.plan.seed + 3000)
+    objective = NextToken(row_length, start.tokenizer.pad_id)
+
+    def rows_of(step: int, count: int) -> TokenBatch:
+        return objective.collate(batch(rows, step, count))
+
+    return PretrainMix(objective, rows_of)
 
 
 def _part(context: Context, part: RewardPart, start: LoadedModel, judge: Judge) -> Part:

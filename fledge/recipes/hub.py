@@ -37,7 +37,8 @@ def fetch_from_hub(name: str, cache: Path, say: Progress, open_url: Open | None 
 
     `say` is told each file before it is fetched. `UserError` if there is no such model or no way to the hub.
     """
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", name)
+    # No part begins with a dot, and none climbs: the name becomes a folder.
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*?)(?:@(\w[\w./-]*))?", name) if ".." not in name else None
     if match is None:
         raise UserError(f"'{name}' names no model of a hub; expected ORG/NAME or ORG/NAME@REVISION")
     repository, revision = match[1], match[2] or "main"

@@ -54,7 +54,7 @@ def test_plan_shows_what_would_be_done_and_does_nothing(folder: Path, capsys: py
     ("arguments", "complaint"),
     [
         (("dpo",), "which model?"),
-        (("dpp", "tiny:sft", "--data", "PAIRS"), "did you mean 'dpo'?"),
+        (("kt", "tiny:sft", "--data", "PAIRS"), "did you mean 'kto'?"),
         (("dpo", "tiny:nothing", "--data", "PAIRS"), "has no model 'nothing'"),
         (("dpo", "tiny:reward", "--data", "PAIRS"), "does not train"),
         (("dpo", "tiny:sft", "--data", "nowhere.jsonl"), "there is no such file"),

@@ -22,9 +22,10 @@ from fledge import cli
 from fledge.errors import ConfigError, DataError, RunError, TrainingHalted
 from fledge.formats.checkpoint import load_model
 from fledge.recipes.align import METHODS, AlignOrder, align, plan_of
+from fledge.recipes.align_data import Cut, answer_ids
 from fledge.recipes.align_models import refuse_padding_that_ends, require_unchanged, weights_digest
 from fledge.recipes.align_rl import GoldWatch
-from fledge.types import Metrics
+from fledge.types import Conversation, Metrics
 
 SHORT = ("train.prompt_length=30", "train.response_length=8", "outcome.max_tokens=8", "outcome.prompts=4")
 ROUNDS = ("train.warmup_rounds=1", "train.rounds=2")
@@ -317,6 +318,34 @@ def test_a_reward_model_is_normalised_and_its_accuracy_told(folder: Path) -> Non
     assert report["headline"]["value"] > 0.9
     model = load_model(run / "reward" / "model").model
     assert float(model.mean) != 0.0  # type: ignore[arg-type]
+
+
+def test_c47_texts_among_the_data_are_pretraining_rows_beside_the_episodes(folder: Path) -> None:
+    texts = world.write_rows(folder / "texts.jsonl", [{"text": f"all about {q}"} for q in world.questions()])
+    data = (folder / "prompts.jsonl", texts)
+    run = align(order(folder, "ppo", "train.pretrain_weight=0.5", data=data), Silent())
+    assert all(line["loss/next_token"] > 0 for line in lines(run, "ppo"))
+    with pytest.raises(DataError, match="add a file of texts"):
+        align(replace(order(folder, "ppo", "train.pretrain_weight=0.5"), name="none"), Silent())
+    with pytest.raises(DataError, match="wrong kind"):
+        align(replace(order(folder, "ppo", data=data), name="without"), Silent())
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_an_imported_model_keeps_its_template_and_learns_to_end_its_turn(method: str, folder: Path) -> None:
+    runs = ("--runs", str(folder / "runs"))
+    assert cli.main(["export", "tiny:sft", str(folder / "published"), "--to", "huggingface", *runs]) == 0
+    assert cli.main(["import", str(folder / "published"), "--name", "theirs", *runs]) == 0
+    theirs = load_model(folder / "runs" / "theirs")
+    assert theirs.template is not None
+    run = align(replace(order(folder, method), model="theirs"), Silent())
+    found = load_model(run / method / "model")
+    assert found.info.template_hash == theirs.info.template_hash
+    cut = Cut(theirs.renderer, 64)
+    prompt, answer = answer_ids(cut, Conversation.of(("user", "do you like tea?")), "yes i do")
+    assert prompt == theirs.renderer.prompt(Conversation.of(("user", "do you like tea?")))
+    assert answer[-1] == theirs.renderer.end_id
+    assert answer.count(theirs.renderer.end_id) == 1
 
 
 @pytest.mark.slow

@@ -112,7 +112,9 @@ def test_the_key_is_not_sent_on_to_where_the_hub_redirects(tmp_path: Path, monke
     assert "Authorization" not in hub.asked[0].headers
 
 
-@pytest.mark.parametrize("name", ["bird", "a/b/c", "../b", "org/bird@", "org/b ird", "org/bird?x=1"])
+@pytest.mark.parametrize(
+    "name", ["bird", "a/b/c", "../b", "org/..", "org/bird@../..", "org/bird@", "org/b ird", "org/bird?x=1"]
+)
 def test_a_name_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected ORG/NAME"):
         fetch_from_hub(name, tmp_path, lambda file: None, Hub(FILES))
