@@ -1,8 +1,8 @@
 """What a process that judges answers gives up before it looks at one: limits, and a filter of its system calls.
 
 The filter (seccomp) forbids sockets, new processes and threads, signals to others, tracing, and every change of a file;
-reading stays possible. It cannot be undone, asks for no privilege, and needs Linux on x86-64 or 64-bit ARM. Imports
-nothing but the standard library.
+reading stays possible, but for what is sealed. It cannot be undone, asks for no privilege, and needs Linux on x86-64 or
+64-bit ARM. Imports nothing but the standard library.
 
 Source: seccomp(2), setrlimit(2), bpf's classic instructions as in linux/filter.h, the kernel's tables of system calls.
 """
@@ -35,6 +35,14 @@ FILES = {
     "mkdir": (83, None), "mkdirat": (258, 34), "mknod": (133, None), "mknodat": (259, 33), "creat": (85, None),
     "openat2": (437, 437),
 }  # fmt: skip
+# What tells of files without changing them; forbidden to what is sealed, together with opening any.
+READS = {
+    "open": (2, None), "openat": (257, 56), "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264),
+    "stat": (4, None), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291), "access": (21, None),
+    "faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78),
+    "statfs": (137, 43), "getxattr": (191, 8), "lgetxattr": (192, 9), "listxattr": (194, 11), "llistxattr": (195, 12),
+    "getcwd": (79, 17), "chdir": (80, 49),
+}  # fmt: skip
 OPENS = {"open": ((2, None), 1), "openat": ((257, 56), 2)}  # and which argument holds the flags
 O_CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -64,9 +72,9 @@ def can_filter() -> bool:
     return platform.system() == "Linux" and platform.machine() in ARCHITECTURES
 
 
-def filter_calls() -> None:
-    """Forbid what the tables above name, for good. OSError if the kernel refuses."""
-    program = _program(*ARCHITECTURES[platform.machine()])
+def filter_calls(*, is_sealed: bool = False) -> None:
+    """Forbid what the tables above name, for good; if sealed, every look at a file too. OSError if it is refused."""
+    program = _program(*ARCHITECTURES[platform.machine()], is_sealed=is_sealed)
     instructions = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a number of instructions, padded to a pointer, and where they are.
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions)))
@@ -80,7 +88,7 @@ def filter_calls() -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _program(column: int, architecture: int) -> bytes:
+def _program(column: int, architecture: int, *, is_sealed: bool) -> bytes:
     """The filter as classic BPF: calls of another architecture kill, forbidden ones fail with EPERM."""
     lines = [
         (LOAD, 0, 0, AT_ARCHITECTURE),
@@ -90,7 +98,8 @@ def _program(column: int, architecture: int) -> bytes:
         (JUMP_AT_LEAST, 0, 1, FOREIGN_ABI),
         (RETURN, 0, 0, DENY),
     ]
-    for numbers in (*NETWORK.values(), *PROCESSES.values(), *FILES.values()):
+    reads = READS.values() if is_sealed else ()
+    for numbers in (*NETWORK.values(), *PROCESSES.values(), *FILES.values(), *reads):
         if (number := numbers[column]) is not None:
             lines += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, DENY)]
     for numbers, argument in OPENS.values():

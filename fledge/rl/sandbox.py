@@ -10,6 +10,7 @@ What this cannot hold: code under test shares a process with its tests, so an an
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -21,9 +22,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from fledge.rl import confine
-from fledge.rl.verifier import RUNS_THE_ANSWER, VERIFIERS, Unjudgeable
+from fledge.rl.verifier import RUNS_THE_ANSWER, SEALED, VERIFIERS, Unjudgeable
 
 MAX_REPLY_BYTES = 65_536
+# All that programs of graders can import.
+PROGRAM_MODULES = (
+    *("json", "re", "math", "cmath", "statistics", "random", "string", "textwrap", "unicodedata", "difflib"),
+    *("collections", "itertools", "functools", "operator", "copy", "enum", "dataclasses", "typing", "types", "abc"),
+    *("datetime", "calendar", "decimal", "fractions", "numbers", "heapq", "bisect", "hashlib", "base64", "ast"),
+    *("html", "csv", "io", "time", "traceback", "xml.etree.ElementTree", "encodings.idna"),
+)
 
 
 def main() -> None:
@@ -98,13 +106,22 @@ def _confined(request: Mapping[str, Any], writing: int) -> dict[str, Any]:
     os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
     confine.limit(seconds=float(request["seconds"]), memory_bytes=int(request["memory_bytes"]))
+    is_sealed = request["verifier"] in SEALED
+    if is_sealed:
+        _import_for_programs()
     if request["filtered"]:
-        confine.filter_calls()
+        confine.filter_calls(is_sealed=is_sealed)
     verifier = VERIFIERS[request["verifier"]]
     score, reason = verifier(request["completion"], request["record"], request["options"])
     if score != score or abs(score) == float("inf"):
         raise Unjudgeable(f"the verifier's score is {score}, expected a finite number")
     return {"score": score, "reason": reason and reason[:1000]}
+
+
+def _import_for_programs() -> None:
+    """What a sealed program may import must be there before files are out of reach."""
+    for name in PROGRAM_MODULES:
+        importlib.import_module(name)
 
 
 if __name__ == "__main__":

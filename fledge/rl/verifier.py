@@ -1,7 +1,7 @@
 """The built-in verifiers: functions that say whether an answer is right, from it and its record in the data set.
 
 They run in the confined process of sandbox.py, never in the trainer's (judge.py asks for them), so this file imports
-nothing but the standard library.
+nothing but the standard library and what lies beside it.
 
 Source: Cobbe et al. 2021 (2110.14168) for '####'; Lambert et al. 2024 (2411.15124), section 6, for rewards that can be
 verified.
@@ -16,6 +16,8 @@ import runpy
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
+
+from fledge.rl.graders import GraderError, grade, read_programs
 
 Verdict = tuple[float, str | None]  # score and, where it is not full, why
 Verifier = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Verdict]
@@ -115,6 +117,20 @@ def custom(completion: str, record: Mapping[str, Any], options: Mapping[str, Any
     return float(function(completion, dict(record))), None
 
 
+def grader(completion: str, record: Mapping[str, Any], options: Mapping[str, Any]) -> Verdict:
+    """The score that `options["grader"]`, one of the published API's (graders.py), gives with `record["item"]`.
+
+    Option `check`: its programs are only read, and the score is 1.
+    """
+    try:
+        if options.get("check"):
+            read_programs(options["grader"])
+            return 1.0, None
+        return grade(options["grader"], completion, _field(record, "item")), None
+    except GraderError as error:
+        raise Unjudgeable(str(error)) from error
+
+
 VERIFIERS: dict[str, Verifier] = {
     "exact_match": exact_match,
     "numeric_answer": numeric_answer,
@@ -122,7 +138,10 @@ VERIFIERS: dict[str, Verifier] = {
     "json_validity": json_validity,
     "python_tests": python_tests,
     "custom": custom,
+    "grader": grader,
 }
+# What a user of the server may have run: these open no file at all, so nothing on the machine can be read.
+SEALED = {"grader"}
 # Where code that dies or hangs is the answer's own and has failed; elsewhere the verifier has.
 RUNS_THE_ANSWER = {"python_tests"}
 

@@ -38,19 +38,23 @@ def _in_force() -> ColumnElement[bool]:
 async def add_file(database: Database, writer: BlobWriter, new: NewFile) -> FileRow:
     """Keep what the writer holds as a file."""
     async with database.writing() as session:
-        digest = writer.keep()
-        row = FileRow(
-            id=new_id("file-"),
-            created_at=now(),
-            owner=new.owner,
-            filename=new.filename.replace("\0", ""),
-            purpose=new.purpose,
-            bytes=writer.num_bytes,
-            sha256=digest,
-            expires_at=new.expires_at,
-        )
+        row = file_row(writer, new)
         session.add(row)
     return row
+
+
+def file_row(writer: BlobWriter, new: NewFile) -> FileRow:
+    """The row of what the writer holds, whose content is kept; to be added in the writing block this is called in."""
+    return FileRow(
+        id=new_id("file-"),
+        created_at=now(),
+        owner=new.owner,
+        filename=new.filename.replace("\0", ""),
+        purpose=new.purpose,
+        bytes=writer.num_bytes,
+        sha256=writer.keep(),
+        expires_at=new.expires_at,
+    )
 
 
 async def find_file(database: Database, owner: str, file_id: str) -> FileRow | None:

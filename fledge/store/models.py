@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, delete, or_, select
+from sqlalchemy import ColumnElement, delete, exists, or_, select
 
 from fledge.store.database import Database
 from fledge.store.pages import now
-from fledge.store.tables import ModelRow
+from fledge.store.tables import ModelRow, PermissionRow
 
 
 def _visible(owner: str) -> ColumnElement[bool]:
-    return or_(ModelRow.owner == owner, ModelRow.owner.is_(None))
+    """Models that are the owner's, everybody's, or shared with the owner (permissions.py)."""
+    is_shared = exists().where(PermissionRow.model == ModelRow.id, PermissionRow.project_id == owner)
+    return or_(ModelRow.owner == owner, ModelRow.owner.is_(None), is_shared)
 
 
 async def find_model(database: Database, owner: str, name: str) -> ModelRow | None:
@@ -42,6 +44,12 @@ async def register_model(
     async with database.writing() as session:
         session.add(row)
     return row
+
+
+async def find_own_model(database: Database, owner: str, name: str) -> ModelRow | None:
+    """The same, if it is the owner's own."""
+    async with database.reading() as session:
+        return await session.scalar(select(ModelRow).where(ModelRow.owner == owner, ModelRow.id == name))
 
 
 async def delete_model(database: Database, owner: str, name: str) -> bool:

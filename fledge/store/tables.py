@@ -81,7 +81,8 @@ class FileRow(Listed, Base):
 
 
 class BatchRow(Listed, Base):
-    """A batch of requests. `times` maps a state to when it was reached, `counts` total, completed and failed."""
+    """A batch of requests. `times` maps a state to when it was reached, `counts` total, completed and failed; `worker`
+    is the server that runs it, until its lease runs out."""
 
     __tablename__ = "batches"
     owner: Mapped[str] = mapped_column(String(255))
@@ -97,16 +98,30 @@ class BatchRow(Listed, Base):
     errors: Mapped[Json | None]
     extra: Mapped[Json]
     labels: Mapped[Json | None]
+    worker: Mapped[str | None] = mapped_column(String(64))
+    leased_until: Mapped[int | None]
+
+
+class BatchLineRow(Base):
+    """The answer to line `number`, from 0, of a batch's input; once it is here it is final."""
+
+    __tablename__ = "batch_lines"
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger(), primary_key=True)
+    is_error: Mapped[bool]
+    data: Mapped[str] = mapped_column(Text)
 
 
 class TuningJobRow(Listed, Base):
     """A fine-tuning job. `wanted` is what its owner asks of the worker ("cancel", "pause"); the worker that has it
-    says so in `worker` and renews `leased_until`, so that another takes over what a dead one left."""
+    says so in `worker` and renews `leased_until`, so that another takes over what a dead one left. `base_path` is the
+    checkpoint that `model` led to when the job was made."""
 
     __tablename__ = "tuning_jobs"
     owner: Mapped[str] = mapped_column(String(255))
     status: Mapped[str] = mapped_column(String(32), index=True)
     model: Mapped[str] = mapped_column(String(255))
+    base_path: Mapped[str | None] = mapped_column(Text)
     training_file: Mapped[str] = mapped_column(String(255))
     validation_file: Mapped[str | None] = mapped_column(String(255))
     suffix: Mapped[str | None] = mapped_column(String(64))
@@ -141,6 +156,29 @@ class TuningCheckpointRow(Listed, Base):
     step_number: Mapped[int]
     metrics: Mapped[Json]
     path: Mapped[str | None] = mapped_column(Text)
+
+
+class PermissionRow(Listed, Base):
+    """`project_id`, another owner, may use the model `model` of `owner`."""
+
+    __tablename__ = "model_permissions"
+    owner: Mapped[str] = mapped_column(String(255))
+    model: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"), index=True)
+    project_id: Mapped[str] = mapped_column(String(255), index=True)
+
+
+class ConversationRow(Listed, Base):
+    __tablename__ = "conversations"
+    owner: Mapped[str] = mapped_column(String(255))
+    labels: Mapped[Json | None]
+
+
+class ConversationItemRow(Listed, Base):
+    """What was said in a conversation, in the order of `seq`; `id` is CONVERSATION/ITEM (conversations.py)."""
+
+    __tablename__ = "conversation_items"
+    conversation_id: Mapped[str] = mapped_column(ForeignKey("conversations.id", ondelete="CASCADE"), index=True)
+    body: Mapped[Json]
 
 
 class CompletionRow(Listed, Base):
@@ -189,5 +227,5 @@ class JobEventRow(Base):
     data: Mapped[str] = mapped_column(Text)
 
 
-_LISTED_BY_OWNER = (FileRow, BatchRow, TuningJobRow, CompletionRow, ResponseRow)
+_LISTED_BY_OWNER = (FileRow, BatchRow, TuningJobRow, PermissionRow, ConversationRow, CompletionRow, ResponseRow)
 OWNER_INDEXES = tuple(Index(f"ix_{row.__tablename__}_page", row.owner, row.seq) for row in _LISTED_BY_OWNER)

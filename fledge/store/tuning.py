@@ -6,17 +6,19 @@ its last checkpoint stands. What the owner asks meanwhile stands in `wanted`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from sqlalchemy import and_, delete, or_, select, update
 
 from fledge.store.database import Database
 from fledge.store.pages import Cursor, Page, labelled, new_id, now, read_page
-from fledge.store.tables import TuningCheckpointRow, TuningEventRow, TuningJobRow
+from fledge.store.tables import Base, FileRow, ModelRow, TuningCheckpointRow, TuningEventRow, TuningJobRow
 
-WAITING = ("validating_files", "queued")
+WAITING = ("validating_files", "queued", "paused")
 ENDED = ("succeeded", "failed", "cancelled")
 LEASE_SECONDS = 60
+WORK_SECONDS = 10  # so often a worker renews what it has
 
 
 async def add_tuning_job(database: Database, row: TuningJobRow) -> None:
@@ -93,6 +95,49 @@ async def lease_job(database: Database, worker: str) -> TuningJobRow | None:
         return row
 
 
+async def has_work(database: Database) -> bool:
+    """Whether there is anything for a worker to do."""
+    is_waiting = TuningJobRow.status.in_(("validating_files", "queued"))
+    is_abandoned = and_(TuningJobRow.status == "running", TuningJobRow.leased_until < now())
+    async with database.reading() as session:
+        return (
+            await session.scalar(select(TuningJobRow.seq).where(or_(is_waiting, is_abandoned)).limit(1))
+        ) is not None
+
+
+async def unchecked_jobs(database: Database) -> list[TuningJobRow]:
+    """Jobs whose files nobody has looked into yet, oldest first."""
+    waiting = select(TuningJobRow).where(TuningJobRow.status == "validating_files").order_by(TuningJobRow.seq)
+    async with database.reading() as session:
+        return list((await session.scalars(waiting)).all())
+
+
+async def settle_check(database: Database, job_id: str, error: dict[str, Any] | None) -> bool:
+    """A job's files have been looked into: it waits for a worker, or has failed; false if that is settled already."""
+    changes: dict[str, Any] = {"status": "queued"}
+    if error is not None:
+        changes = {"status": "failed", "error": error, "finished_at": now()}
+    settled = (
+        update(TuningJobRow)
+        .where(TuningJobRow.id == job_id, TuningJobRow.status == "validating_files")
+        .values(**changes)
+        .returning(TuningJobRow.id)
+    )
+    async with database.writing() as session:
+        return (await session.scalar(settled)) is not None
+
+
+async def release_jobs(database: Database, worker: str) -> None:
+    """What a worker that has ended left running waits for the next."""
+    left = (
+        update(TuningJobRow)
+        .where(TuningJobRow.worker == worker, TuningJobRow.status == "running")
+        .values(status="queued", worker=None, leased_until=None)
+    )
+    async with database.writing() as session:
+        await session.execute(left)
+
+
 async def renew_lease(database: Database, job_id: str, worker: str) -> tuple[bool, str | None]:
     """Whether the job is still this worker's, and what its owner wants of it."""
     renewed = (
@@ -104,6 +149,16 @@ async def renew_lease(database: Database, job_id: str, worker: str) -> tuple[boo
     async with database.writing() as session:
         found = (await session.execute(renewed)).first()
     return (False, None) if found is None else (True, found[1])
+
+
+async def look_at_job(database: Database, job_id: str, worker: str) -> tuple[bool, str | None]:
+    """The same, without renewing anything."""
+    asked = select(TuningJobRow.wanted).where(
+        TuningJobRow.id == job_id, TuningJobRow.worker == worker, TuningJobRow.status == "running"
+    )
+    async with database.reading() as session:
+        found = (await session.execute(asked)).first()
+    return (False, None) if found is None else (True, found[0])
 
 
 async def change_job(database: Database, job_id: str, worker: str, **changes: Any) -> bool:
@@ -125,18 +180,55 @@ async def add_tuning_event(
     *,
     level: Literal["info", "warn", "error"] = "info",
     data: dict[str, Any] | None = None,
+    event_id: str | None = None,
 ) -> None:
-    """`data`: the metrics of a step."""
+    """`data`: the metrics of a step. With an `event_id` that is there already nothing is added: a run that was resumed
+    tells some steps again. Nothing either for a job that is gone."""
     kind = "message" if data is None else "metrics"
-    row = TuningEventRow(id=new_id("ftevent-"), created_at=now(), job_id=job_id, level=level, type=kind)
+    row = TuningEventRow(id=event_id or new_id("ftevent-"), created_at=now(), job_id=job_id, level=level, type=kind)
     row.message, row.data = message, data or {}
     async with database.writing() as session:
-        session.add(row)
+        is_known = event_id is not None and await session.scalar(
+            select(TuningEventRow.seq).where(TuningEventRow.id == event_id)
+        )
+        if not is_known and await session.scalar(select(TuningJobRow.seq).where(TuningJobRow.id == job_id)):
+            session.add(row)
 
 
-async def add_tuning_checkpoint(database: Database, row: TuningCheckpointRow) -> None:
+async def finish_job(
+    database: Database, job_id: str, worker: str, rows: Callable[[], Sequence[Base]], **changes: Any
+) -> bool:
+    """A job has succeeded: its results (files among them become its `result_files`) and its new columns together;
+    false if it is no longer this worker's.
+
+    `rows` is called within the writing block, so that it may keep contents of files (files.py).
+    """
+    done = (
+        update(TuningJobRow)
+        .where(TuningJobRow.id == job_id, TuningJobRow.worker == worker, TuningJobRow.status == "running")
+        .values(status="succeeded", finished_at=now(), wanted=None, worker=None, leased_until=None, **changes)
+        .returning(TuningJobRow.id)
+    )
     async with database.writing() as session:
-        session.add(row)
+        if (await session.scalar(done)) is None:
+            return False
+        made = rows()
+        session.add_all(made)
+        files = [row.id for row in made if isinstance(row, FileRow)]
+        await session.execute(update(TuningJobRow).where(TuningJobRow.id == job_id).values(result_files=files))
+    return True
+
+
+async def add_tuning_checkpoint(database: Database, row: TuningCheckpointRow, model: ModelRow) -> bool:
+    """Show a checkpoint and serve it under its name; false if that has been done before, by a run that was resumed."""
+    async with database.writing() as session:
+        known = select(TuningCheckpointRow.seq).where(
+            TuningCheckpointRow.job_id == row.job_id, TuningCheckpointRow.model == row.model
+        )
+        if (await session.scalar(known)) is not None:
+            return False
+        session.add_all([row, model])
+    return True
 
 
 async def delete_tuning_job(database: Database, owner: str, job_id: str) -> bool:
