@@ -17,6 +17,8 @@ from fledge.errors import Interrupted, TrainingHalted, UserError, nearest
 COMMANDS = (
     ("raise", "raise_", "raise a model: the whole ring, or go on where it stopped"),
     ("align", "align", "align a model: preferences, rewards, demonstrations"),
+    ("self-instruct", "self_instruct", "make instructions from seed tasks, by any model"),
+    ("constitution", "constitution", "revise answers and label preferences by principle"),
     ("chat", "chat", "talk with a model in the terminal"),
     ("complete", "complete", "continue a text"),
     ("compare", "compare", "the same prompts, several models, side by side"),

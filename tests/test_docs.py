@@ -143,7 +143,7 @@ def test_data_formats_page_has_every_format_in_the_order_of_recognition() -> Non
     assert_rows("data-formats.md", ("format", "what"), rows)
 
 
-@pytest.mark.parametrize("page", ["data-formats.md", "self-instruct.md", "constitution.md"])
+@pytest.mark.parametrize("page", ["data-formats.md", "self-instruct.md", "constitutional-ai.md"])
 def test_examples_on_the_pages_of_made_and_labelled_data_run(page: str, tmp_path: Path) -> None:
     programs = re.findall(r"```python\n(.*?)```", TEXTS[DOCS / page], re.DOTALL)
     assert programs

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fledge.errors import DataError
 from fledge.evals.bootstrap import bootstrap, bootstrap_mean
-from fledge.types import Metrics, PairExample, Ranking
+from fledge.types import Judgement, Metrics, PairExample, Ranking, UnpairedExample
 
 Floats = NDArray[np.float64]
 ValueT = TypeVar("ValueT", bound=Hashable)
@@ -89,17 +89,24 @@ def evaluate(
     return metrics | _by_pair(judged) | _across(judged, is_ai, seed, num_resamples)
 
 
-def verdicts(examples: Iterable[PairExample | Ranking]) -> list[dict[str, float]]:
+def verdicts(examples: Iterable[PairExample | Ranking | UnpairedExample]) -> list[dict[str, float]]:
     """Units for `evaluate` out of labels: one a prompt and two answers; 1 if the answer that sorts first is better,
-    0 if the other is, 0.5 for a tie. Labels without a labeler count as their kind's ("human", "ai", "rule")."""
+    0 if the other is, 0.5 for a tie. A verdict on a single answer is a unit of its own, 1 if it is desirable."""
     units: dict[tuple[Hashable, str, str], dict[str, float]] = defaultdict(dict)
     for example in examples:
-        judgement = example.judgement
-        labeler = (judgement.labeler or judgement.kind) if judgement else "human"
+        labeler = labeler_of(example.judgement)
+        if isinstance(example, UnpairedExample):
+            units[example.prompt, example.completion, ""][labeler] = float(example.is_desirable)
+            continue
         for better, worse, value in _compared(example):
             low, high = sorted((better, worse))
             units[example.prompt, low, high][labeler] = value if better == low else 1 - value
     return list(units.values())
+
+
+def labeler_of(judgement: Judgement | None) -> str:
+    """Who a label counts as: the labeler, without a name the kind ("human", "ai", "rule")."""
+    return (judgement.labeler or judgement.kind) if judgement else "human"
 
 
 def _compared(example: PairExample | Ranking) -> list[tuple[str, str, float]]:

@@ -23,7 +23,7 @@ from fledge.config import to_json
 from fledge.data.prompt_split import prompt_text
 from fledge.errors import ConfigError, DataError
 from fledge.synth.dialogue_texts import PHRASES, Phrases, answer_prompt, dialogue_text, next_speakers
-from fledge.synth.generating import Ask, Generator, Model
+from fledge.synth.generating import Ask, Generator, Model, Progress, unwatched
 from fledge.synth.journal import open_journal
 from fledge.text.constitution import Constitution, Language, Principle
 from fledge.types import (
@@ -42,8 +42,12 @@ MADE = "made by a model"
 
 @dataclass(frozen=True)
 class RevisionConfig:
-    """`revisions` critiques and revisions a prompt (4 in the paper), each by a principle drawn with replacement."""
+    """`revisions` critiques and revisions a prompt (4 in the paper), each by a principle drawn with replacement.
 
+    `maker` names the model: work of one model is not gone on with by another.
+    """
+
+    maker: str = ""
     language: Language = "en"
     revisions: int = 4
     seed: int = 0
@@ -86,6 +90,7 @@ def revise(
     constitution: Constitution,
     config: RevisionConfig,
     journal_path: Path | None = None,
+    progress: Progress = unwatched,
 ) -> list[Chain]:
     """A chain a prompt. With a journal, a killed run goes on where it stopped; `RunError` if it is of other work.
 
@@ -99,6 +104,7 @@ def revise(
             batch = list(enumerate(prompts))[start : start + config.batch]
             for chain in _revise(model, batch, constitution, config):
                 journal.append({"answer": chain.answer, "steps": [to_json(step) for step in chain.steps]})
+            progress("revisions", len(journal.entries), len(prompts))
         chains = [
             Chain(prompt, entry["answer"], tuple(Step(**step) for step in entry["steps"]))
             for prompt, entry in zip(prompts, journal.entries, strict=True)
@@ -116,7 +122,7 @@ def _revise(
     phrases = PHRASES[config.language]
     rngs = [np.random.default_rng([config.seed, number]) for number, _ in numbered]
     prompts = [example.prompt for _, example in numbered]
-    first = _say(model, [answer_prompt(prompt, phrases) for prompt in prompts], rngs, config)
+    first = _say(model, [answer_prompt(prompt, phrases) for prompt in prompts], rngs, config, prompts)
     answers, steps = list(first), [list[Step]() for _ in numbered]
     for _ in range(config.revisions):
         drawn = [constitution.principles[rng.integers(len(constitution.principles))] for rng in rngs]
@@ -140,11 +146,19 @@ def _revise(
 
 
 def _say(
-    model: Generator, prompts: Sequence[str], rngs: Sequence[np.random.Generator], config: RevisionConfig
+    model: Generator,
+    prompts: Sequence[str],
+    rngs: Sequence[np.random.Generator],
+    config: RevisionConfig,
+    conversations: Sequence[Conversation] | None = None,
 ) -> list[str]:
     stop = next_speakers(PHRASES[config.language])
     seeds = [int(rng.integers(1 << 31)) for rng in rngs]
-    asks = [Ask(prompt, replace(config.sampling, seed=seed), stop) for prompt, seed in zip(prompts, seeds, strict=True)]
+    talks: Sequence[Conversation | None] = conversations or [None] * len(prompts)
+    asks = [
+        Ask(prompt, replace(config.sampling, seed=seed), stop, talk)
+        for prompt, seed, talk in zip(prompts, seeds, talks, strict=True)
+    ]
     return [reply.text.strip() for reply in model.generate(asks)]
 
 
@@ -215,6 +229,7 @@ def label(
     constitution: Constitution,
     config: LabelConfig,
     journal_path: Path | None = None,
+    progress: Progress = unwatched,
 ) -> Labelled:
     """Soft preference labels. With a journal, a killed run goes on where it stopped.
 
@@ -233,6 +248,7 @@ def label(
             batch = list(enumerate(candidates))[start : start + config.batch]
             for comparisons in _compare(model, batch, constitution, config):
                 journal.append({"comparisons": [to_json(each) for each in comparisons]})
+            progress("labels", len(journal.entries), len(candidates))
         found = [[_Comparison(**each) for each in entry["comparisons"]] for entry in journal.entries]
     pairs = tuple(_pair(one, each, constitution, config) for one, each in zip(candidates, found, strict=True))
     return Labelled(pairs, _metrics(pairs, [each for comparisons in found for each in comparisons]))

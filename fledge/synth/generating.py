@@ -8,24 +8,35 @@ the adapter's affair.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fledge.errors import DataError
 from fledge.infer.engine import Engine
-from fledge.text.chat import ChatRenderer
+from fledge.text.chat import Renderer
 from fledge.text.tokenizer import Tokenizer
 from fledge.types import Completion, Conversation, Request, SamplingParams
+
+Progress = Callable[[str, int, int], None]
+"""(phase, done, of how many)"""
+
+
+def unwatched(phase: str, done: int, total: int) -> None:
+    """A `Progress` that nobody watches."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A text to go on with. Its own seed stands in `params`, so an answer does not depend on what else is asked."""
+    """A text to go on with. Its own seed stands in `params`, so an answer does not depend on what else is asked.
+
+    `conversation` is what `prompt` writes out, where it is one: a chat model answers it in its own template.
+    """
 
     prompt: str
     params: SamplingParams
     stop: tuple[str, ...] = ()
+    conversation: Conversation | None = None
 
 
 class Generator(Protocol):
@@ -48,7 +59,7 @@ class EngineModel:
     """The engine as a `Model`. With a renderer a prompt is a user's message and the model answers it as the assistant;
     without one the model continues the text."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, renderer: ChatRenderer | None = None) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, renderer: Renderer | None = None) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._renderer = renderer
@@ -73,8 +84,13 @@ class EngineModel:
         self._count += 1
         stop_ids = {self._tokenizer.end_of_text_id} | (self._renderer.stop_ids if self._renderer else set())
         return Request(
-            f"synth-{self._count}", self._ids(ask.prompt), ask.params, stop_ids=frozenset(stop_ids), stop=ask.stop
+            f"synth-{self._count}", self._asked(ask), ask.params, stop_ids=frozenset(stop_ids), stop=ask.stop
         )
+
+    def _asked(self, ask: Ask) -> tuple[int, ...]:
+        if self._renderer is not None and ask.conversation is not None:
+            return self._renderer.prompt(ask.conversation)
+        return self._ids(ask.prompt)
 
     def _ids(self, prompt: str) -> tuple[int, ...]:
         if self._renderer is not None:

@@ -16,7 +16,7 @@ from fledge.config import to_json
 from fledge.errors import ConfigError, DataError
 from fledge.synth.constitutional import prompts_hash, soft_label
 from fledge.synth.dialogue_texts import PHRASES, dialogue_text
-from fledge.synth.generating import Scorer
+from fledge.synth.generating import Progress, Scorer, unwatched
 from fledge.synth.journal import open_journal
 from fledge.text.constitution import Constitution, Language, Rule
 from fledge.types import Conversation, Judgement, Metrics, PromptExample, Provenance, UnpairedExample
@@ -64,6 +64,7 @@ def judge(
     constitution: Constitution,
     config: RuleConfig,
     journal_path: Path | None = None,
+    progress: Progress = unwatched,
 ) -> Judged:
     """Every answer by every rule. With a journal, a killed run goes on where it stopped.
 
@@ -77,6 +78,7 @@ def judge(
     with open_journal(journal_path, what) as journal:
         for one in answers[len(journal.entries) :]:
             journal.append({"violations": _violations(model, one, rules, config)})
+            progress("rules", len(journal.entries), len(answers))
         found = [entry["violations"] for entry in journal.entries]
     labels = tuple(
         _label(one, rule, violations[rule.id], constitution, config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,12 @@ from fledge.data.self_instruct import Instance, Task, task_record
 from fledge.errors import ConfigError, DataError
 from fledge.files import write_file, write_json
 from fledge.synth import instruct_texts as texts
-from fledge.synth.generating import Ask, Generator
+from fledge.synth.generating import Ask, Generator, Progress, unwatched
 from fledge.synth.instruct_filters import reason_against, sound_instances
 from fledge.synth.journal import Journal
 from fledge.synth.rouge import NoveltyPool
 from fledge.types import Completion, Provenance, SamplingParams
 
-Progress = Callable[[str, int, int], None]
-"""(phase, done, of how many)"""
 SIMILAR = "too similar"
 
 
@@ -40,8 +38,10 @@ class SelfInstructConfig:
 
     `requests` prompts make a round; the run ends with `target` instructions, or after `patience` rounds that gave
     none. Sampling: `propose` for instructions, `answer` for instances (greedy), each with `presence_penalty`.
+    `maker` names the model: work of one model is not gone on with by another.
     """
 
+    maker: str = ""
     target: int = 1000
     language: texts.Language = "en"
     seed: int = 0
@@ -82,7 +82,7 @@ def self_instruct(
     seeds: Sequence[Task],
     folder: Path,
     config: SelfInstructConfig,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = unwatched,
 ) -> Made:
     """Make tasks from `seeds`; `tasks.jsonl` and `report.json` in `folder` are written last.
 
@@ -259,7 +259,7 @@ def _batches(done: int, total: int, size: int) -> Iterator[range]:
 def _tasks(
     instructions: Sequence[str], kinds: Sequence[bool], made: Sequence[Sequence[Instance]], config: SelfInstructConfig
 ) -> Iterator[Task]:
-    source = f"self-instruct/{config_hash(config)[:12]}"
+    source = f"self-instruct/{config_hash(config)[:12]}{f' by {config.maker}' if config.maker else ''}"
     for number, (text, kind, instances) in enumerate(zip(instructions, kinds, made, strict=True)):
         if instances:
             identity = f"task_{number}"

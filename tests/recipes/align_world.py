@@ -31,12 +31,12 @@ def questions() -> list[str]:
     return [f"do you {verb} {thing}?" for thing in THINGS for verb in VERBS]
 
 
-def plant(folder: Path, vocab_size: int = 290) -> Path:
+def plant(folder: Path, vocab_size: int = 290, positions: int = POSITIONS) -> Path:
     """`runs/tiny` with a stage `sft`, `reward` and `gold`, and one data file of each kind; the same every time."""
     texts = [*questions(), "yes yes", "no no", "yes i do", "no i do not"] * 4
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=vocab_size))
     run = folder / "runs" / "tiny"
-    model = GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, POSITIONS))
+    model = GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, positions))
     model.init_weights(torch.Generator().manual_seed(0))
     _add(run, "sft", "gpt", model, tokenizer)
     for seed, stage in enumerate(("reward", "gold"), start=1):

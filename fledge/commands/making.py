@@ -1,0 +1,66 @@
+"""What `fledge self-instruct` and `fledge constitution` share: their options, and how a report is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fledge.commands.progress import JsonLines, Lines
+
+
+def add_making_arguments(parser: Any) -> None:
+    """How the model is asked, where the work goes, and how it is shown: the same options everywhere."""
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the work and its files go")
+    parser.add_argument("--language", choices=("en", "zh"), default="en", help="of prompts (default: %(default)s)")
+    parser.add_argument(
+        "--style",
+        choices=("auto", "chat", "text"),
+        default="auto",
+        help="ask the model in its chat template, or have it continue texts (default: as it was trained)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
+
+
+def listener_of(args: argparse.Namespace) -> JsonLines | Lines:
+    return JsonLines() if args.as_json else Lines()
+
+
+def show_report(args: argparse.Namespace, report: Mapping[str, Any], files: Mapping[str, Path], next_step: str) -> None:
+    """The report as a table, the files it is about, and what to do with them; one JSON object where asked for."""
+    if args.as_json:
+        done = {"event": "done", "report": report, "files": {name: str(path) for name, path in files.items()}}
+        print(json.dumps(done, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in report.items():
+        for label, shown in _lines(name, value):
+            table.add_row(label, shown)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for name, path in files.items():
+        if path.is_file():
+            console.print(f"{name}  {path}", markup=False)
+    console.print(next_step, markup=False)
+
+
+def _lines(name: str, value: Any) -> list[tuple[str, str]]:
+    """A value as rows of label and figure; the entries of an object one step further in."""
+    if not isinstance(value, Mapping):
+        return [(name, _figure(value))]
+    rows = [row for key, each in value.items() for row in _lines(key, each)]
+    return [(name, "" if rows else "none"), *((f"  {label}", shown) for label, shown in rows)]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "not measured" if value is None else str(value)

@@ -1,0 +1,133 @@
+"""`fledge self-instruct` and `fledge constitution` as they are typed, with a real engine behind them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fledge import cli
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import align_world as world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.plant(tmp_path_factory.mktemp("world"), positions=4096)
+
+
+def fledge(folder: Path, *arguments: str) -> int:
+    return cli.main([*arguments, "--runs", str(folder / "runs")])
+
+
+SMALL = ("--limit", "4", "--set", "sampling.max_tokens=4", "--json")
+
+
+def test_show_names_every_principle_and_rule_in_both_languages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["constitution", "show"]) == 0
+    said = capsys.readouterr().out
+    assert cli.main(["constitution", "show", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    for item in (*data["principles"], *data["rules"]):
+        assert item["id"] in said
+    assert data["principles"][0]["zh"]["compare"] in said
+    assert data["hash"][:12] in said
+
+
+def test_revise_label_and_rules_leave_files_and_a_report(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ("--prompts", str(folder / "prompts.jsonl"))
+    for action, more in (
+        ("revise", ("--revisions", "1", *SMALL)),
+        ("label", ("--answer-tokens", "4", "--thinking", *SMALL)),
+        ("rules", ("--answer-tokens", "4", "--rules", "on-topic", "--limit", "4", "--json")),
+    ):
+        out = tmp_path / action
+        assert fledge(folder, "constitution", action, "tiny:sft", *prompts, "--out", str(out), *more) == 0
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert events[-1]["event"] == "done"
+        assert events[-1]["report"] == json.loads((out / "report.json").read_text())
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".jsonl"}
+        assert fledge(folder, "constitution", action, "tiny:sft", *prompts, "--out", str(out), *more) == 0
+        capsys.readouterr()
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".jsonl"} == before
+
+
+def test_agreement_reads_labels_of_people_and_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"type": "pair", "prompt": "how?", "completions": ["so", "thus"]}
+    rows = [
+        {
+            **row,
+            "prompt": f"how {n}?",
+            "kind": kind,
+            "labeler": who,
+            "completions": ["so", "thus"][:: 1 if n else order],
+        }
+        for n in range(4)
+        for kind, who, order in (("human", "ann", 1), ("ai", "m", -1))
+    ]
+    file = world.write_rows(tmp_path / "labels.jsonl", rows)
+    assert cli.main(["constitution", "agreement", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreement_human_ai"] == 0.75
+    assert cli.main(["constitution", "agreement", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "human and AI labels agree    75.0%" in said
+    assert "people with one another      not measured" in said
+    assert cli.main(["constitution", "agreement", str(world.write_rows(tmp_path / "one.jsonl", rows[:1]))]) == 2
+    assert "none judged by two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("self-instruct", "tiny:sft", "--out", "OUT", "--seeds", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("self-instruct", "tiny:none", "--out", "OUT"), "has no model 'none'"),
+        (("self-instruct", "tiny:sft", "--out", "OUT", "--target", "0"), "counts of 1 or more"),
+        (("self-instruct", "tiny:sft", "--out", "OUT", "--set", "tarket=3"), "did you mean 'target'?"),
+        (("constitution", "revise", "tiny:sft", "--out", "OUT", "--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("constitution", "rules", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--rules", "x"), "no rule 'x'"),
+        (("constitution", "label", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--limit", "0"), "--limit 0"),
+        (
+            ("constitution", "revise", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--constitution", "no.json"),
+            "cannot be read as a constitution",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    arguments: tuple[str, ...], complaint: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"OUT": str(tmp_path / "out"), "PROMPTS": str(folder / "prompts.jsonl")}
+    small = ("--answer-tokens", "2") if "--rules" in arguments else ()
+    assert fledge(folder, *(places.get(argument, argument) for argument in arguments), *small) == 2
+    said = capsys.readouterr().err
+    assert complaint in said.splitlines()[-1]
+
+
+def made(folder: Path, out: Path) -> list[str]:
+    """A command whose work takes some seconds: a model of noise, of whose tasks some happen to pass the filters."""
+    start = [sys.executable, "-m", "fledge", "self-instruct", "tiny:sft", "--out", str(out)]
+    sizes = ("propose.max_tokens=24", "answer.max_tokens=8", "patience=12", "requests=4", "batch=2")
+    return [*start, "--target", "4", "--runs", str(folder / "runs"), *(word for s in sizes for word in ("--set", s))]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_self_instruct_ends_with_the_same_files(folder: Path, tmp_path: Path) -> None:
+    environment = world.environment(folder)
+    subprocess.run(made(folder, tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    for seconds in (3.0, 3.5, 4.5, 6.0):
+        process = subprocess.Popen(made(folder, tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(made(folder, tmp_path / "killed"), env=environment, check=True, capture_output=True)
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir() if not path.name.startswith("."))
+    assert "tasks.jsonl" in names
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
