@@ -31,7 +31,7 @@ def scoring(*rows):
 THREE = ranking(["a" * 10, "b" * 20, "c" * 10], [1, 2, 3], ["human", "sft", "base"])
 
 
-def test_pairs_are_told_apart_by_who_wrote_them():
+def test_c18_pairs_are_told_apart_by_who_wrote_them():
     # human 0 < sft 1 is wrong, human > base and sft > base are right.
     metrics = reward_accuracy.evaluate(scoring([0.0, 1.0, -1.0]), [THREE], seed=0)
     assert metrics["accuracy"] == pytest.approx(2 / 3)
@@ -63,7 +63,7 @@ def test_length_matched_pairs_differ_by_a_tenth_of_the_longer_at_most():
     assert "accuracy_length_matched" not in none
 
 
-def test_a_reward_model_of_length_is_found_out():
+def test_c18_a_reward_model_of_length_is_found_out():
     rng = np.random.default_rng(0)
     rows = [ranking(["x" * int(n) for n in rng.integers(1, 99, 4)], [1, 2, 3, 4], ["human"] * 4) for _ in range(30)]
 
@@ -86,7 +86,7 @@ def test_correlation_within_prompts_does_not_see_that_some_prompts_want_more():
     assert metrics["length_correlation_within"] == pytest.approx(-1.0)
 
 
-def test_a_calibrated_model_has_no_calibration_error_and_a_boastful_one_has():
+def test_c18_a_calibrated_model_has_no_calibration_error_and_a_boastful_one_has():
     rng = np.random.default_rng(0)
     margins = rng.normal(0, 2, size=20_000)
     is_right = rng.random(20_000) < 1 / (1 + np.exp(-np.abs(margins)))
@@ -107,7 +107,7 @@ def test_the_interval_resamples_prompts_not_pairs():
     assert (metrics["accuracy"], metrics["accuracy_low"], metrics["accuracy_high"]) == (0.5, 0.0, 1.0)
 
 
-def test_sources_are_reported_where_there_are_several():
+def test_c18_sources_are_reported_where_there_are_several():
     rows = [THREE, ranking(["a", "b"], [1, 2], ["human", "base"], source="forum")]
     metrics = reward_accuracy.evaluate(scoring([3, 2, 1], [0, 1]), rows, seed=0)
     assert (metrics["accuracy/chat"], metrics["accuracy/forum"]) == (1.0, 0.0)

@@ -17,7 +17,7 @@ def judge_by(table):
     return lambda prompts, answers: [table[answer] for answer in answers]
 
 
-def test_ties_count_half():
+def test_c57_ties_count_half():
     scores = {"good": 2.0, "bad": 1.0, "same": 1.0}
     metrics = win_rate.evaluate(
         judge_by(scores), range(4), ["good", "bad", "same", "bad"], ["bad", "same", "bad", "good"], seed=0
@@ -27,7 +27,7 @@ def test_ties_count_half():
     assert metrics["score_difference"] == 0.0
 
 
-def test_bounds_are_those_of_a_binomial_share():
+def test_c57_bounds_are_those_of_a_binomial_share():
     ours, theirs = ["a"] * 400, ["b"] * 400
     outcome = np.arange(400) < 240
     metrics = win_rate.from_preferences(outcome.astype(float), ours, theirs, seed=0)
@@ -50,7 +50,7 @@ def test_swapping_the_sides_mirrors_every_rate(rows):
         assert 0 <= one[f"{name}_low"] <= one[name] <= one[f"{name}_high"] <= 1
 
 
-def test_a_judge_of_nothing_but_length_and_noise_gives_half_once_length_is_controlled():
+def test_c57_a_judge_of_nothing_but_length_and_noise_gives_half_once_length_is_controlled():
     rng = np.random.default_rng(0)
     ours = ["x" * int(n) for n in rng.integers(20, 60, size=500)]
     theirs = ["x" * int(n) for n in rng.integers(10, 40, size=500)]

@@ -63,6 +63,19 @@ def test_c53_clip_higher_known_answers(ratio, advantage, expected):
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_c53_loss_of_a_batch_has_the_upper_bound_and_the_dual_one():
+    batch = rollout()
+    now = says(model(), batch.tokens_BT, batch.segments_BT)
+    log_ratio = torch.where(batch.action_mask_BT > 0, now - batch.old_logprobs_BT, 0.0).detach()
+    sums = []
+    for bounds in ({}, {"clip_high": 0.4}, {"dual_clip": 1.05}):
+        term = GroupPolicy(SPACE, 0.1, **bounds).loss(model(), batch).terms["policy"]
+        expected = (clipped_policy_loss(log_ratio, batch.advantages_BT, 0.1, **bounds) * batch.weights_BT).sum()
+        assert term.sum.detach().item() == pytest.approx(float(expected), rel=1e-4)
+        sums.append(round(float(expected), 4))
+    assert len(set(sums)) == 3, "each bound matters here"
+
+
 def test_c53_what_counts_as_clipped_follows_the_upper_bound():
     batch = rollout()
     shares = [

@@ -12,12 +12,14 @@ import torch
 
 from fledge.config import from_json, to_json
 from fledge.errors import CheckpointError, TrainingHalted
+from fledge.models.gpt import GPT, GPTConfig
 from fledge.objectives.clipped_policy import action_logprobs
 from fledge.rl import grpo as grpo_module
 from fledge.rl.actors import PolicyPair
 from fledge.rl.groups import group_advantages
 from fledge.rl.grpo import GRPO, GRPOConfig
 from fledge.rl.kl import KLConfig
+from fledge.rl.prompts import draw_prompts
 from fledge.rl.reward import RewardConfig
 from fledge.rl.rollout import Regions
 from fledge.rl.world import Weighted
@@ -144,6 +146,9 @@ def test_c53_groups_without_spread_are_replaced_by_those_of_further_prompts():
     assert result.metrics["redraws"] == 1
     assert result.metrics["groups_without_spread"] == 0
     assert run.num_draws == 2
+    first, second = (draw_prompts(len(run.world.prompts), 4, seed=0, number=number) for number in range(2))
+    asked = [run.world.prompts[index] for index in (first[1], first[3], second[1], second[3])]
+    assert result.prompts[::4] == asked, "those of the first draw that teach, then those of another"
     assert all(result.prompts[start : start + 4].count(result.prompts[start]) == 4 for start in range(0, 16, 4))
     tokens = result.rollout.tokens_BT
     for row, (prompt, completion) in enumerate(zip(result.prompts, result.completions, strict=True)):
@@ -229,6 +234,44 @@ def test_c43_c47_every_step_takes_every_episode_once_an_epoch_and_pretraining_ro
         sizes = [len(batch.tokens_BT) for _, batch in pairs]
         assert sizes == [5, 3, 5, 3]
         assert [isinstance(objective, Weighted) for objective, _ in pairs] == [False, False, True, True]
+
+
+def test_c43_every_epoch_is_a_fresh_permutation_and_uses_every_episode_once(seen_pairs):
+    numbered = toy.world(lambda episodes: torch.arange(len(episodes.tokens_BT)).float())
+    grpo(replace(SMALL, epochs=3), numbered).round()
+    orders = [int(score) for pairs in seen_pairs for score in pairs[0][1].scores_B]
+    epochs = [orders[start : start + 16] for start in (0, 16, 32)]
+    assert all(sorted(order) == list(range(16)) for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 3
+
+
+def test_c38_dropout_sleeps_even_if_someone_calls_train_on_the_networks():
+    config = GPTConfig(toy.VOCAB, 32, 2, 2, 64, embedding_dropout=0.3, residual_dropout=0.3, attention_dropout=0.3)
+    policy = GPT(config)
+    policy.init_weights(torch.Generator().manual_seed(0))
+    run = GRPO(SMALL, PolicyPair.start(policy), toy.world())
+    run.actors.policy.train()
+    run.actors.reference.train()
+    metrics = run.round().metrics
+    assert metrics["ratio_gap"] <= 1e-5
+    assert metrics["kl"] == 0
+
+
+def test_c46_average_follows_the_policy_after_every_round():
+    run = grpo(replace(SMALL, ema_decay=0.5))
+    start = run.actors.policy.head.weight.detach().clone()
+    run.round()
+    expected = 0.5 * start + 0.5 * run.actors.policy.head.weight.detach()
+    assert torch.allclose(run.ema.shadows["head.weight"], expected, atol=1e-7)
+
+
+def test_c53_answers_near_the_limit_are_paid_less():
+    plain, priced = (grpo(replace(SMALL, overlong_buffer=buffer)).round() for buffer in (None, 12))
+    lengths = plain.rollout.action_mask_BT.sum(1)
+    assert (priced.rollout.action_mask_BT.sum(1) == lengths).all()
+    gone = plain.metrics["shaped_score_mean"] - priced.metrics["shaped_score_mean"]
+    assert gone == pytest.approx(float((lengths / toy.RESPONSE).mean()), abs=1e-5)
+    assert priced.metrics["score_mean"] == plain.metrics["score_mean"]
 
 
 def test_c48_every_figure_is_there_and_finite_in_every_round():

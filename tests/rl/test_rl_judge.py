@@ -44,7 +44,7 @@ def test_c54_code_that_never_ends_has_failed_in_time(judge):
     began = time.monotonic()
     verdict = code(judge, "while True: pass")
     assert verdict == Verdict(0.0, "no verdict within 1.5 seconds")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30  # far from for ever, on a busy machine too
 
 
 FORBIDDEN = {

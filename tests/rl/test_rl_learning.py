@@ -1,4 +1,7 @@
-"""What reward model and PPO learn in the toy world. A rising reward alone proves little: see test_rl_ppo.py."""
+"""What reward model and PPO learn in the toy world. A rising reward alone proves little: see test_rl_ppo.py.
+
+Thresholds are those of docs/alignment.md, each for three seeds; the fast tests take one seed and fewer rounds.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from fledge.train.optim import OptimConfig, OptimizerSet
 from fledge.types import Metrics, SamplingParams
 
 RANKING = KWiseRanking(toy.PROMPT + toy.RESPONSE, toy.PAD)
+SEEDS = pytest.mark.parametrize("seed", [1, 2, 3])
 
 
 def history(ppo: PPO) -> list[Metrics]:
@@ -61,10 +65,10 @@ def rankings(num_prompts: int, noise: float, seed: int) -> list[RankedIds]:
     return examples
 
 
-def reward_model(num_steps: int) -> ScalarModel:
-    model = ScalarModel.from_trunk("llama", toy.language_model(), generator=torch.Generator().manual_seed(1))
+def reward_model(num_steps: int, seed: int = 1) -> ScalarModel:
+    model = ScalarModel.from_trunk("llama", toy.language_model(), generator=torch.Generator().manual_seed(seed))
     optimizers = OptimizerSet(model, OptimConfig.adamw(1e-3, decay=0.0))
-    examples = rankings(16 * num_steps, noise=0.1, seed=2)
+    examples = rankings(16 * num_steps, noise=0.1, seed=1 + seed)
     for step in range(num_steps):
         batch = RANKING.collate(examples[16 * step : 16 * step + 16] or examples[:16])
         train_step(model, optimizers, [(RANKING, batch)], clip_norm=1.0)
@@ -94,66 +98,91 @@ def test_reward_model_learns_a_noisy_ranking():
     assert accuracy(model, held_out) > accuracy(before, held_out) + 0.15
 
 
+def test_c23_price_of_a_missing_end_makes_answers_end_sooner_than_a_reward_for_length_does():
+    rates = []
+    for reward in (RewardConfig(), RewardConfig(missing_end_score=None)):
+        config = toy.config(reward=reward, kl=KLConfig(beta=0.01), rounds=8, seed=1)
+        rates.append(history(toy.ppo(config, toy.world(toy.length)))[-1]["end_rate"])
+    assert rates[0] > rates[1] + 0.3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_toy_language_model_learns_to_count():
+    assert pretraining_loss(toy.language_model(150)) <= 0.9
+
+
+@pytest.mark.slow
+@SEEDS
 def test_ppo_raises_the_share_of_a_for_every_seed(seed):
     rounds = history(toy.ppo(toy.config(seed=seed)))
     assert mean(rounds[-5:], "score_mean") >= 0.8
-    assert mean(rounds[-5:], "score_mean") >= mean(rounds[:1], "score_mean") + 0.5
+    assert mean(rounds[-5:], "score_mean") >= mean(rounds[:5], "score_mean") + 0.5
 
 
 @pytest.mark.slow
-def test_k_wise_reward_model_orders_nine_clean_pairs_of_ten():
-    assert accuracy(reward_model(60), rankings(200, noise=0.0, seed=3)) >= 0.9
+@SEEDS
+def test_k_wise_reward_model_orders_nine_clean_pairs_of_ten(seed):
+    assert accuracy(reward_model(60, seed), rankings(200, noise=0.0, seed=30 + seed)) >= 0.9
 
 
 @pytest.mark.slow
-def test_c17_c41_ppo_on_a_learned_reward_raises_the_true_one():
-    model = reward_model(60)
+@SEEDS
+def test_c17_c41_ppo_on_a_learned_reward_raises_the_true_one(seed):
+    model = reward_model(60, seed)
     with torch.no_grad():
-        scores = last_scores(model, RANKING.collate(rankings(64, noise=0.0, seed=4)))
+        scores = last_scores(model, RANKING.collate(rankings(64, noise=0.0, seed=40 + seed)))
     model.normalise(float(scores.mean()), float(scores.std()))
-    ppo = PPO(toy.config(), Actors.start(toy.language_model(), model), toy.world(RewardModelScorer(model)))
+    world = toy.world(RewardModelScorer(model))
+    ppo = PPO(toy.config(rounds=40, seed=seed), Actors.start(toy.language_model(), model), world)
     results = [ppo.round() for _ in range(ppo.config.rounds)]
     truth = [sum(share(c.ids) for c in result.completions) / len(result.completions) for result in results]
-    assert sum(truth[-5:]) / 5 >= 0.7
-    assert truth[0] < 0.3
+    assert sum(truth[-5:]) / 5 >= 0.8
+    assert sum(truth[-5:]) / 5 >= truth[0] + 0.5
 
 
 @pytest.mark.slow
-def test_c23_price_of_a_missing_end_decides_whether_answers_end():
+@SEEDS
+def test_c23_price_of_a_missing_end_decides_whether_answers_end(seed):
     for reward, ends in ((RewardConfig(), True), (RewardConfig(missing_end_score=None), False)):
-        rounds = history(toy.ppo(toy.config(reward=reward, kl=KLConfig(beta=0.01)), toy.world(toy.length)))
-        rate = mean(rounds[-3:], "end_rate")
+        config = toy.config(reward=reward, kl=KLConfig(beta=0.01), seed=seed)
+        rate = mean(history(toy.ppo(config, toy.world(toy.length)))[-3:], "end_rate")
         assert rate >= 0.9 if ends else rate <= 0.3
 
 
 @pytest.mark.slow
-def test_c47_pretraining_mix_keeps_more_than_half_of_what_ppo_forgets():
-    losses = []
-    for weight in (0.0, 0.5):
-        ppo = toy.ppo(toy.config(pretrain_weight=weight), toy.world(pretrain=toy.pretrain_mix()))
+@SEEDS
+def test_c47_pretraining_mix_keeps_more_than_half_of_what_ppo_forgets(seed):
+    losses, gains = [], []
+    for weight in (0.0, 0.5, 2.0):
+        ppo = toy.ppo(toy.config(pretrain_weight=weight, seed=seed), toy.world(pretrain=toy.pretrain_mix()))
         rounds = history(ppo)
         losses.append(pretraining_loss(ppo.actors.policy))
-        assert mean(rounds[-5:], "score_mean") > rounds[0]["score_mean"] + 0.2
+        gains.append(mean(rounds[-5:], "score_mean") - rounds[0]["score_mean"])
     assert losses[1] < losses[0] / 2
+    assert losses[2] < losses[1], "a larger weight keeps more"
+    assert gains[1] > 0.2
+    assert gains[0] > gains[1] > gains[2], "and learns less"
 
 
 @pytest.mark.slow
-def test_kl_falls_with_its_price():
-    kl = []
+@SEEDS
+def test_kl_falls_with_its_price(seed):
+    kl, score = [], []
     for beta in (0.0, 0.05, 0.2, 1.0):
-        rounds = history(toy.ppo(toy.config(kl=KLConfig(beta=beta), rounds=20)))
+        rounds = history(toy.ppo(toy.config(kl=KLConfig(beta=beta), rounds=20, seed=seed)))
         kl.append(mean(rounds[-5:], "kl"))
+        score.append(mean(rounds[-5:], "score_mean"))
     assert kl == sorted(kl, reverse=True)
     assert kl[-1] < 1 < kl[0]
+    assert score[0] > score[-1] + 0.5
 
 
 @pytest.mark.slow
-def test_adaptive_price_brings_the_kl_to_its_target():
+@SEEDS
+def test_adaptive_price_brings_the_kl_to_its_target(seed):
     kl = KLConfig(beta=0.2, target=2.0, horizon=600)
     optim = OptimConfig.adamw(3e-4, decay=0.0, eps=1e-5)
-    rounds = history(toy.ppo(toy.config(kl=kl, rounds=120, epochs=1, policy_optim=optim)))
+    rounds = history(toy.ppo(toy.config(kl=kl, rounds=120, epochs=1, policy_optim=optim, seed=seed)))
     # The controller swings about its target, in waves of some 60 rounds here.
     assert 1.4 <= mean(rounds[-60:], "kl") <= 2.6
 

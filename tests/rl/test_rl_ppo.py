@@ -131,6 +131,16 @@ def test_c42_adam_has_the_epsilon_of_the_papers_and_rates_warm_up_from_a_tenth()
     assert toy.ppo(replace(SMALL, schedule="linear", rounds=10)).schedule.scale(5) == pytest.approx(0.5)
 
 
+def test_c42_rates_of_policy_and_value_function_follow_the_schedule():
+    ppo = run(replace(SMALL, rounds=20, warmup_rounds=10), 3)
+    for optimizers in (ppo.policy_optimizers, ppo.value_optimizers):
+        assert rates(optimizers) == pytest.approx([0.3 * 1e-3] * len(rates(optimizers)))
+
+
+def rates(optimizers) -> list[float]:
+    return [group["lr"] for optimizer in optimizers._optimizers.values() for group in optimizer.param_groups]
+
+
 def test_c43_every_epoch_is_a_fresh_permutation_and_uses_every_episode_once(seen_pairs):
     def numbered(episodes):
         return torch.arange(len(episodes.tokens_BT)).float()
