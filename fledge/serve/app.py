@@ -13,12 +13,15 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import fledge
+from fledge.rl.judge import Judge
 from fledge.serve import (
+    batches,
     chat,
     completions,
     embeddings,
     errors,
     files,
+    graders,
     health,
     jobs_api,
     models,
@@ -26,8 +29,11 @@ from fledge.serve import (
     responses_stored,
     stored,
     tokens,
+    tuning,
+    tuning_shared,
 )
 from fledge.serve.auth import Keys
+from fledge.serve.batches_run import Batches
 from fledge.serve.guard import Guard
 from fledge.serve.hub import Hub, Loader, ModelEntry
 from fledge.serve.jobs import Jobs
@@ -50,10 +56,15 @@ _RESOURCES = (
     embeddings,
     models,
     files,
+    batches,
+    tuning,
+    tuning_shared,
+    graders,
     tokens,
     jobs_api,
     health,
 )
+GRADER_WORKERS = 2  # processes, at most, that try graders; a job's graders run in its worker
 ROUTERS = tuple(resource.router for resource in _RESOURCES)
 
 
@@ -74,6 +85,7 @@ def make_state(
         jobs=Jobs(database, config.max_running),
         keys=Keys(database, Limiter()),
         metrics=Metrics(),
+        judge=Judge(GRADER_WORKERS),
     )
 
 
@@ -83,11 +95,15 @@ def make_app(state: State) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await state.jobs.open()
+        runner = Batches(state, app)
+        runner.open()
         try:
             yield
         finally:
+            await runner.close()
             await state.jobs.close(state.config.drain_seconds)
             await state.hub.close()
+            state.judge.close()
 
     app = FastAPI(
         title="fledge",

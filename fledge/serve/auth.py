@@ -15,7 +15,8 @@ from fastapi import Request
 from fledge.serve.errors import ApiError
 from fledge.serve.limits import Budgets, Limiter
 from fledge.store.database import Database
-from fledge.store.keys import find_key, hash_key
+from fledge.store.keys import find_key, find_key_by_id, hash_key
+from fledge.store.tables import KeyRow
 
 PUBLIC = frozenset({"/health", "/openapi.json"})
 MAX_KEY_LENGTH = 512
@@ -53,12 +54,20 @@ class Keys:
         if row is None:
             self._known.pop(digest, None)
             return None
-        budgets = self._limiter.budgets(row.id, row.requests_per_minute, row.tokens_per_minute)
-        found = Principal(row.owner, row.id, frozenset(row.scopes), budgets)
+        found = self._of(row)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known[digest] = time.monotonic() + _TRUST_SECONDS, found
         return found
+
+    async def holder(self, key_id: str) -> Principal | None:
+        """Whoever holds the key of this id, if it is in force; for what goes on without a request (batches)."""
+        row = await find_key_by_id(self._database, key_id)
+        return None if row is None else self._of(row)
+
+    def _of(self, row: KeyRow) -> Principal:
+        budgets = self._limiter.budgets(row.id, row.requests_per_minute, row.tokens_per_minute)
+        return Principal(row.owner, row.id, frozenset(row.scopes), budgets)
 
 
 def bearer_of(given: str | None) -> str:

@@ -29,7 +29,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 # How pydantic names the members of a union in a place.
-_UNION = re.compile(r"(str|int|float|bool|list|dict|constrained-\w+|(list|dict)\[.*|[A-Z]\w+)$")
+_UNION = re.compile(r"(str|int|float|bool|list|dict|constrained-\w+|(list|dict|literal)\[.*|[A-Z]\w+)$")
 _encode = msgspec.json.Encoder().encode
 
 

@@ -7,6 +7,7 @@ from typing import cast
 
 from fastapi import Request
 
+from fledge.rl.judge import Judge
 from fledge.serve.auth import Keys
 from fledge.serve.guard import Limits
 from fledge.serve.hub import Hub
@@ -39,6 +40,7 @@ class State:
     jobs: Jobs
     keys: Keys
     metrics: Metrics
+    judge: Judge
 
 
 def state_of(request: Request) -> State:

@@ -79,6 +79,12 @@ async def find_key(database: Database, key: str) -> KeyRow | None:
     return row if row is not None and hmac.compare_digest(row.hash, digest) else None
 
 
+async def find_key_by_id(database: Database, key_id: str) -> KeyRow | None:
+    """The row of a key that is in force."""
+    async with database.reading() as session:
+        return await session.scalar(select(KeyRow).where(KeyRow.id == key_id, KeyRow.revoked_at.is_(None)))
+
+
 async def list_keys(database: Database) -> Sequence[KeyRow]:
     async with database.reading() as session:
         return (await session.scalars(select(KeyRow).order_by(KeyRow.seq))).all()

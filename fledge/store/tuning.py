@@ -78,18 +78,16 @@ async def list_tuning_checkpoints(database: Database, job_id: str, cursor: Curso
 
 
 async def lease_job(database: Database, worker: str) -> TuningJobRow | None:
-    """Take the oldest job that waits, or whose worker has died; None if there is none."""
+    """Take the oldest job that waits, or whose worker has died; None if there is none. It is looked for without any
+    lock first."""
     is_waiting = TuningJobRow.status == "queued"
     is_abandoned = and_(TuningJobRow.status == "running", TuningJobRow.leased_until < now())
-    oldest = (
-        select(TuningJobRow)
-        .where(or_(is_waiting, is_abandoned))
-        .order_by(TuningJobRow.seq)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    oldest = select(TuningJobRow).where(or_(is_waiting, is_abandoned)).order_by(TuningJobRow.seq).limit(1)
+    async with database.reading() as session:
+        if (await session.scalar(oldest)) is None:
+            return None
     async with database.writing() as session:
-        row = await session.scalar(oldest)
+        row = await session.scalar(oldest.with_for_update(skip_locked=True))
         if row is not None:
             row.status, row.worker, row.leased_until = "running", worker, now() + LEASE_SECONDS
         return row

@@ -20,6 +20,7 @@ from fledge.store.models import register_model
 pytestmark = pytest.mark.anyio
 HELLO = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"
+BODIES: dict[str, dict[str, Any]] = {"PermissionRequest": {"project_ids": ["x"]}}
 
 
 def operations(server: Server) -> list[tuple[str, str, dict[str, Any]]]:
@@ -48,16 +49,44 @@ async def make_everything(server: Server, user: str) -> dict[str, str]:
         upload = {"file": ("a.jsonl", b"{}")}
         file = (await client.post("/v1/files", files=upload, data={"purpose": "batch"})).json()["id"]
         kept = await client.post(CHAT, json={**HELLO, "stream": True}, headers={"x-fledge-keep": "true"})
-    await register_model(server.state.database, f"ft-{user}", owner=user, path="tuned")
-    job = kept.headers["x-fledge-job"]
-    found = {
+        await register_model(server.state.database, f"ft-{user}", owner=user, path="tuned")
+        tuned = await make_tuned(client, user)
+    return {
         "completion_id": stored,
         "response_id": response,
         "file_id": file,
-        "job_id": job,
+        "job_id": kept.headers["x-fledge-job"],
         "model": f"ft-{user}",
+        **tuned,
     }
-    return found
+
+
+async def make_tuned(client: httpx2.AsyncClient, user: str) -> dict[str, str]:
+    upload = {"file": ("a.jsonl", b"{}")}
+    file = (await client.post("/v1/files", files=upload, data={"purpose": "fine-tune"})).json()["id"]
+    job = await client.post("/v1/fine_tuning/jobs", json={"model": "fake", "training_file": file})
+    place = f"/v1/fine_tuning/checkpoints/ft-{user}/permissions"
+    granted = await client.post(place, json={"project_ids": ["somebody"]})
+    return {
+        "fine_tuning_job_id": job.json()["id"],
+        "fine_tuned_model_checkpoint": f"ft-{user}",
+        "permission_id": granted.json()["data"][0]["id"],
+        **await make_batch(client),
+    }
+
+
+async def make_batch(client: httpx2.AsyncClient) -> dict[str, str]:
+    file = (await client.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "batch"})).json()["id"]
+    body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+    return {"batch_id": (await client.post("/v1/batches", json=body)).json()["id"]}
+
+
+def body_of(operation: dict[str, Any]) -> dict[str, Any] | None:
+    """What an operation that takes a body is sent."""
+    if not operation.get("requestBody"):
+        return None
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    return BODIES.get(schema, {"metadata": {"a": "b"}})
 
 
 async def ask(
@@ -79,7 +108,7 @@ async def test_1_anothers_object_and_none_are_the_same_404_on_every_route(server
             names = [one["name"] for one in operation.get("parameters", []) if one["in"] == "path"]
             assert set(names) <= set(alices), f"{path}: the matrix does not know how to make a {names}"
             if names:
-                body = {"metadata": {"a": "b"}} if operation.get("requestBody") else None
+                body = body_of(operation)
                 theirs = await ask(bob, method, path, alices, body)
                 nobodys = await ask(bob, method, path, dict.fromkeys(alices, "nothing-like-it"), body)
                 assert theirs == nobodys, f"{method} {path}"
