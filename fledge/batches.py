@@ -122,6 +122,20 @@ class VerdictBatch(_Tensors):
 
 
 @dataclass(frozen=True)
+class LabelBatch(_Tensors):
+    """Whole texts, one row each, with what is known of each category K."""
+
+    tokens_BT: Tensor  # int64: right-padded
+    segments_BT: Tensor  # int32: 1 on real tokens, 0 on padding
+    targets_BK: Tensor  # float32: 1 where the category holds
+    weights_BK: Tensor  # float32: how much a label counts; 0 where it is unknown
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        return {"labels": float(self.weights_BK.sum())}
+
+
+@dataclass(frozen=True)
 class Rollout(_Tensors):
     """Sampled episodes with everything a policy update reads. Prompts stand left-padded before the responses.
 

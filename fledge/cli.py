@@ -32,6 +32,7 @@ COMMANDS = (
     ("models", "models", "the model families and their published sizes"),
     ("serve", "serve", "serve models with OpenAI's API"),
     ("keys", "keys", "who may use the server"),
+    ("moderation", "moderation", "train and show the model behind /v1/moderations"),
 )
 USAGE, INTERRUPTED = 2, 130
 

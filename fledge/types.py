@@ -189,6 +189,21 @@ class PromptExample:
 
 
 @dataclass(frozen=True)
+class LabelledText:
+    """A text and what is known of it: `labels[category]` says whether it holds; one that is not there was not judged.
+
+    Texts of one `group` (answers to one prompt) never stand on both sides of a split. `judge` says who labelled:
+    people, a model, or "selection": the text was chosen, by whoever made the source, as an example of the category.
+    """
+
+    text: str
+    labels: Mapping[str, bool]
+    group: str
+    judge: Literal["people", "model", "selection"]
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
 class StepsExample:
     """An answer in steps, each judged right or wrong (process supervision)."""
 
@@ -290,8 +305,8 @@ class SamplingParams:
 
 
 # "stop": a stop token, a stop string or a finished grammar. "error": the model's prediction was not a number,
-# or its grammar met a limit.
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+# or its grammar met a limit. "content_filter": the server's guard ended it, and the event's text is its refusal.
+FinishReason = Literal["stop", "length", "cancelled", "error", "content_filter"]
 
 
 @dataclass(frozen=True)

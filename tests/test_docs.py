@@ -29,10 +29,12 @@ from fledge.data.interchange import FORMATS
 from fledge.data.multiple_choice import BENCHMARKS
 from fledge.errors import UserError
 from fledge.evals import agreement, bits_per_byte, generation, multiple_choice, reward_accuracy, win_rate
+from fledge.models.labels import Labels
 from fledge.models.pocket import Pocket, PocketConfig
 from fledge.models.presets import count_parameters, presets
 from fledge.models.scalar import ScalarModel
 from fledge.objectives.kto import KTO, mismatch
+from fledge.objectives.multi_label import LabelledIds, MultiLabel
 from fledge.objectives.next_token import NextToken
 from fledge.objectives.preference import Preference, PreferenceIds
 from fledge.objectives.ranking import KWiseRanking, RankedIds
@@ -466,6 +468,13 @@ def kto_step() -> set[str]:
     return set(train_step(model, OptimizerSet(model, OptimConfig.adamw(1e-3)), [(objective, batch)]))
 
 
+def label_step() -> set[str]:
+    model = Labels(small_pocket(), 2, generator=torch.Generator().manual_seed(0))
+    objective = MultiLabel(8, 1, [1.0, 1.0])
+    batch = objective.collate([LabelledIds((2, 3), (True, None))])
+    return set(train_step(model, OptimizerSet(model, OptimConfig.adamw(1e-3)), [(objective, batch)]))
+
+
 class _Scorer:
     """Every token has log-probability -1."""
 
@@ -593,7 +602,8 @@ def made_labels() -> set[str]:
 
 MAKERS: tuple[Callable[[], set[str]], ...] = (
     *(agreement_eval, made_labels),
-    *(language_step, ranking_step, ppo_round, written_in_recipes, group_round, preference_step, kto_step, feedme_round),
+    *(language_step, ranking_step, ppo_round, written_in_recipes, group_round, preference_step),
+    *(kto_step, label_step, feedme_round),
     *(language_eval, choice_eval, answer_eval, win_eval, reward_eval, tokenizer_report, cost_fields),
 )
 

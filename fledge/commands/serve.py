@@ -13,12 +13,14 @@ from typing import Any
 
 import uvicorn
 
-from fledge.commands.serving import database_url, server_folder
+from fledge.commands.serving import database_url, moderation_folder, server_folder
 from fledge.errors import UserError
 from fledge.recipes.runs import resolve_model
+from fledge.safety.guard import GuardConfig
 from fledge.serve.app import make_app, make_state
 from fledge.serve.hub import ModelEntry
 from fledge.serve.loading import CACHE_BYTES, ProcessLoader
+from fledge.serve.moderation import Moderator, open_moderator
 from fledge.serve.state import ServerConfig, State
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database
@@ -43,6 +45,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, help="of each engine (default: as many as torch takes)")
     parser.add_argument("--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of keys and values, for each model")
     parser.add_argument("--memory-mb", type=int, help="for all models; those least used make room (default: no limit)")
+    parser.add_argument(
+        "--moderation",
+        metavar="RUN",
+        help="the moderation model (default: the run 'moderation', if there is one, for /v1/moderations alone)",
+    )
+    parser.add_argument(
+        "--moderate",
+        choices=("none", "input", "output", "both"),
+        help="what is blocked in-line where it is flagged (default: both with --moderation, else none)",
+    )
+    parser.add_argument(
+        "--threshold", metavar="CATEGORY=SCORE", action="append", default=[], help="in place of a measured threshold"
+    )
     parser.set_defaults(run=run)
 
 
@@ -77,11 +92,41 @@ async def _serve(args: argparse.Namespace, entries: Sequence[ModelEntry], loader
         await _first_key(database, args.host)
         max_bytes = None if args.memory_mb is None else args.memory_mb << 20
         blobs = Blobs(server_folder() / "blobs")
-        state = make_state(ServerConfig(), database, blobs, loader, entries, max_bytes)
+        guard, moderator = moderation_of(args, loader)
+        config = ServerConfig(guard=guard)
+        state = make_state(config, database, blobs, loader, entries, max_bytes, moderator)
         await _listen(state, args.host, args.port)
     finally:
         await database.close()
     return 0
+
+
+def moderation_of(args: argparse.Namespace, loader: ProcessLoader) -> tuple[GuardConfig, Moderator | None]:
+    """What is moderated in-line, and by which model; `UserError` for a model or a threshold that cannot be used."""
+    wanted = args.moderate or ("none" if args.moderation is None else "both")
+    guard = GuardConfig(
+        input="block" if wanted in ("input", "both") else "off",
+        output="block" if wanted in ("output", "both") else "off",
+    )
+    folder = moderation_folder(args.moderation or "moderation", args.runs)
+    if folder is None:
+        if args.moderation is not None or wanted != "none":
+            name = args.moderation or "moderation"
+            raise UserError(f"no moderation model '{name}' in {args.runs}; make one: fledge moderation train RUN")
+        return guard, None
+    thresholds = dict(_threshold(text) for text in args.threshold)
+    moderator = open_moderator(folder, thresholds=thresholds, device=loader.device, num_threads=loader.num_threads)
+    return guard, moderator
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return name, float(value)
+    except ValueError as error:
+        raise UserError(f"--threshold {text}: expected CATEGORY=SCORE, for example hate=0.8") from error
 
 
 async def _listen(state: State, host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""What `serve` and `keys` share: where a server keeps its state."""
+"""What the commands around the server share: where it keeps its state, and its moderation model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ def server_folder() -> Path:
     """FLEDGE_HOME/server, by default below ~/.cache/fledge."""
     home = os.environ.get("FLEDGE_HOME")
     return (Path(home) if home else Path.home() / ".cache" / "fledge") / "server"
+
+
+def moderation_folder(name: str, runs: Path) -> Path | None:
+    """The folder of a moderation model: a path, or a run of `fledge moderation train`; None if there is none."""
+    for folder in (Path(name), Path(name) / "moderation", runs / name / "moderation"):
+        if (folder / "classifier.json").is_file():
+            return folder.resolve()
+    return None
 
 
 def database_url() -> str:

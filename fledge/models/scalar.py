@@ -76,7 +76,7 @@ class ScalarModel(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
         self.train()
-        for name in _language_head(trunk):  # no path from it to a score
+        for name in language_head(trunk):  # no path from it to a score
             trunk.get_parameter(name).requires_grad_(False)
 
     def train(self, mode: bool = True) -> ScalarModel:
@@ -132,12 +132,12 @@ class ScalarModel(nn.Module):
     def roles(self) -> dict[str, str]:
         """Roles of the parameters that can move a score: the trunk's without its language-model head."""
         trunk_roles: dict[str, str] = self.trunk.roles()  # type: ignore[operator]
-        unused = _language_head(self.trunk)
+        unused = language_head(self.trunk)
         roles = {f"trunk.{name}": role for name, role in trunk_roles.items() if name not in unused}
         return {**roles, "head.weight": "head", "head.bias": "gain"}
 
 
-def _language_head(trunk: nn.Module) -> set[str]:
+def language_head(trunk: nn.Module) -> set[str]:
     """Parameters of the module that holds the head's weight, its bias included; none if the head is tied."""
     roles: dict[str, str] = trunk.roles()  # type: ignore[operator]
     owners = {name.rpartition(".")[0] for name, role in roles.items() if role == "head"}

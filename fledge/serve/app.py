@@ -13,7 +13,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import fledge
+from fledge.errors import ConfigError
 from fledge.rl.judge import Judge
+from fledge.safety.guard import SafetyGuard
 from fledge.serve import (
     batches,
     chat,
@@ -25,6 +27,7 @@ from fledge.serve import (
     health,
     jobs_api,
     models,
+    moderations,
     responses,
     responses_stored,
     stored,
@@ -39,10 +42,12 @@ from fledge.serve.hub import Hub, Loader, ModelEntry
 from fledge.serve.jobs import Jobs
 from fledge.serve.limits import Limiter
 from fledge.serve.metrics import Metrics
+from fledge.serve.moderation import Moderator
 from fledge.serve.state import ServerConfig, State
 from fledge.serve.wire import ErrorAnswer
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database
+from fledge.text import constitution
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ _RESOURCES = (
     responses_stored,
     completions,
     embeddings,
+    moderations,
     models,
     files,
     batches,
@@ -75,8 +81,14 @@ def make_state(
     loader: Loader,
     own: Sequence[ModelEntry],
     max_bytes: int | None = None,
+    moderator: Moderator | None = None,
 ) -> State:
-    """The parts of a server. `own` are its models; together they may take `max_bytes` of memory."""
+    """The parts of a server. `own` are its models; together they may take `max_bytes` of memory.
+
+    `ConfigError` if something is to be moderated in-line and there is no moderator.
+    """
+    if moderator is None and "block" in (config.guard.input, config.guard.output):
+        raise ConfigError("moderation in-line needs a moderation model; make one: fledge moderation train RUN")
     return State(
         config=config,
         database=database,
@@ -86,6 +98,8 @@ def make_state(
         keys=Keys(database, Limiter()),
         metrics=Metrics(),
         judge=Judge(GRADER_WORKERS),
+        guard=SafetyGuard(constitution.load()),
+        moderator=moderator,
     )
 
 
@@ -104,6 +118,8 @@ def make_app(state: State) -> FastAPI:
             await state.jobs.close(state.config.drain_seconds)
             await state.hub.close()
             state.judge.close()
+            if state.moderator is not None:
+                await state.moderator.close()
 
     app = FastAPI(
         title="fledge",

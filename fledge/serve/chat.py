@@ -20,6 +20,7 @@ from fledge.serve.chat_wire import CHAT_FIELDS, ChatCompletion, ChatRequest
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import refused
 from fledge.serve.generation import Generation, Shape
+from fledge.serve.guarding import Guarding, written
 from fledge.serve.jobs import Job
 from fledge.serve.sse import awaited, encode, json_response, streamed
 from fledge.serve.state import State, state_of
@@ -70,13 +71,16 @@ class Chat:
         async with self.state.hub.use(self.principal.owner, body.model) as model:
             choices = [ChatChoice(i, model, self.toolbox, bool(body.logprobs)) for i in range(body.n or 1)]
             with Generation(self.state, self.principal, model, body.model, self.notes) as generation:
-                asked = await self._ask(generation, model)
-                await self._answer(job, generation, asked, choices)
+                asked, texts = await self._ask(generation, model)
+                guarding = Guarding(self.state, texts, body.moderation, bool(body.stream))
+                await self._answer(job, generation, asked, choices, guarding)
         completion = {
             **self._head(model, "chat.completion"),
             "choices": [choice.body for choice in choices],
             "usage": generation.usage.to_chat(),
         }
+        if (report := guarding.report("chat")) is not None:
+            completion["moderation"] = report
         if body.store:
             completion["metadata"] = body.metadata or {}
             await self._store(completion)
@@ -84,7 +88,8 @@ class Chat:
             job.emit(encode(completion))
         return completion
 
-    async def _ask(self, generation: Generation, model: ServedModel) -> EngineRequest:
+    async def _ask(self, generation: Generation, model: ServedModel) -> tuple[EngineRequest, list[str]]:
+        """What the engine is asked, and what the user wrote."""
         body = self.body
         conversation = to_conversation(body.messages, self.toolbox)
         grammar = to_grammar(self.toolbox, body.response_format, model.style)
@@ -94,20 +99,30 @@ class Chat:
         shape = Shape(self._max_tokens, body.n or 1, top_logprobs=told, grammar=grammar)
         asked = generation.plan(body, prompt, shape)
         generation.charge([asked])
-        return asked
+        return asked, written(conversation)
 
     @property
     def _max_tokens(self) -> int | None:
         body = self.body
         return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
-    async def _answer(self, job: Job, generation: Generation, asked: EngineRequest, choices: list[ChatChoice]) -> None:
+    async def _answer(
+        self,
+        job: Job,
+        generation: Generation,
+        asked: EngineRequest,
+        choices: list[ChatChoice],
+        guarding: Guarding,
+    ) -> None:
         options = self.body.stream_options
         wants_usage = bool(options and options.include_usage)
         is_padded = options is None or options.include_obfuscation is not False
         chunks = Chunks(self._head(generation.model, "chat.completion.chunk"), wants_usage, is_padded)
-        async for event in generation.events(asked, is_empty=self._max_tokens == 0):
+        async for event in guarding.events(generation, asked, is_empty=self._max_tokens == 0):
             self._take(job, chunks, choices[event.index], event)
+        report = guarding.report("chat")
+        if self.body.stream and report is not None:
+            job.emit(encode(chunks.moderation(report)))
         if self.body.stream and wants_usage:
             job.emit(encode(chunks.usage(generation.usage)))
 

@@ -61,6 +61,7 @@ class ChatChoice:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
     has_begun: bool = False
+    refusal: str | None = None
     _reader: CallReader | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +73,11 @@ class ChatChoice:
         if not self.has_begun:
             self.has_begun = True
             yield {"role": "assistant", "content": "", "refusal": None}, None
+        if event.finish_reason == "content_filter":
+            self.refusal = event.text
+            self.finish(event.finish_reason)
+            yield {"refusal": event.text}, None
+            return
         told = self._told(event)
         for delta in self._deltas(event):
             yield delta, told
@@ -88,8 +94,9 @@ class ChatChoice:
 
     @property
     def message(self) -> dict[str, Any]:
-        content = self.text if self.text or not self.calls else None
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        is_silent = bool(self.calls) or self.refusal is not None
+        content = self.text if self.text or not is_silent else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": self.refusal}
         if self.calls and self.toolbox.is_deprecated:
             message["function_call"] = self.calls[0]["function"]
         elif self.calls:
@@ -158,6 +165,9 @@ class Chunks:
     def finish(self, choice: ChatChoice) -> dict[str, Any]:
         end = {"index": choice.index, "delta": {}, "logprobs": None, "finish_reason": choice.finish_reason}
         return self._chunk([end], None)
+
+    def moderation(self, report: dict[str, Any]) -> dict[str, Any]:
+        return {**self._chunk([], None), "moderation": report}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self.head, "choices": [], "usage": usage.to_chat()}

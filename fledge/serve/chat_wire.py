@@ -76,6 +76,22 @@ class ResponseFormat(Wire):
     json_schema: JsonSchemaSpec | None = None
 
 
+class ModerationMode(Wire):
+    mode: Literal["score", "block"]
+
+
+class ModerationPolicy(Wire):
+    input: ModerationMode | None = None
+    output: ModerationMode | None = None
+
+
+class ModerationWish(Wire):
+    """Moderation of this request and its answer; without a policy both are scored."""
+
+    model: str
+    policy: ModerationPolicy | None = None
+
+
 class StreamOptions(Wire):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -123,7 +139,7 @@ class ChatRequest(Sampling):
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
-    moderation: dict[str, Any] | None = None
+    moderation: ModerationWish | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
     service_tier: str | None = None
@@ -148,6 +164,7 @@ class ChatCompletion(Answer):
     service_tier: str
     system_fingerprint: str
     metadata: dict[str, str] | None = None
+    moderation: dict[str, Any] | None = None
 
 
 def _only_text(modalities: Any) -> str | None:
@@ -200,7 +217,9 @@ CHAT_FIELDS = (
     FieldRule("modalities", "honoured", "text only", _only_text),
     FieldRule("audio", "inert", "says how audio would sound; the answers are text"),
     FieldRule("prediction", "inert", "only ever a matter of speed; the answer is the same"),
-    FieldRule("moderation", "refused", "no moderation model is served"),
+    FieldRule(
+        "moderation", "honoured", "by the server's moderation model, if it has one; `block` ends what is flagged"
+    ),
     FieldRule("reasoning_effort", "inert", "the models here were not taught to reason apart from the answer"),
     FieldRule("verbosity", "inert", "the models here were not taught it; ask for a length in words"),
     FieldRule("service_tier", "inert", "there is one tier, 'default'"),

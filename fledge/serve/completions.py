@@ -17,6 +17,7 @@ from fledge.serve.completions_wire import COMPLETION_FIELDS, Completion, Complet
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import refused
 from fledge.serve.generation import Generation, Shape
+from fledge.serve.guarding import Guarding
 from fledge.serve.jobs import Job
 from fledge.serve.sse import awaited, encode, json_response, streamed
 from fledge.serve.state import State, state_of
@@ -142,9 +143,10 @@ class TextTask:
         is_empty = self.body.max_tokens == 0 and asked.prompt_logprobs is None
         told: tuple[TokenLogprobs, ...] | None = None if asked.prompt_logprobs is not None else ()
         waiting: list[TokenEvent] = []  # events of other answers that came before the prompt's own were told
-        async for event in generation.events(asked, is_empty=is_empty):
+        guarding = Guarding(self.state, [text] if text.strip() else [], None, bool(self.body.stream))
+        async for event in guarding.events(generation, asked, is_empty=is_empty):
             waiting.append(event)
-            if told is None and event.index == 0:
+            if told is None and (event.index == 0 or event.finish_reason == "content_filter"):
                 told = event.prompt
             if told is not None:
                 self._take(job, generation, choices, waiting, (text, asked.prompt_ids, told))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Self
@@ -97,7 +97,7 @@ class Generation:
         self.principal.budgets.give_back(self._charged - self.usage.prompt - self.usage.completion)
         self.notes.update(self.principal.budgets.headers())
 
-    async def events(self, request: Request, *, is_empty: bool = False) -> AsyncIterator[TokenEvent]:
+    async def events(self, request: Request, *, is_empty: bool = False) -> AsyncGenerator[TokenEvent]:
         """What the engine says, counted. Leaving the iteration early ends the request.
 
         `is_empty`: no token is wanted, so the engine is not asked at all.

@@ -29,6 +29,7 @@ class Metrics:
         )
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Until the first token", "model_name")
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Until the last token", "model_name")
+        self._blocked = self._counter("fledge_moderation_blocked", "Answers that moderation ended", "side")
         self._running = self._gauge("vllm:num_requests_running", "Answers being written", "model_name")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Answers not begun", "model_name")
         self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the cache's blocks in use", "model_name")
@@ -42,6 +43,10 @@ class Metrics:
 
     def finished(self, model: str, reason: str) -> None:
         self._finished.labels(model, reason).inc()
+
+    def blocked(self, side: str) -> None:
+        """Moderation has refused what was asked ("input") or answered ("output")."""
+        self._blocked.labels(side).inc()
 
     def generation(self, model: str, usage: Usage, seconds: float) -> None:
         """A request to an engine is over."""

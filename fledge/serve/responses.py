@@ -18,8 +18,9 @@ from fledge.serve.chat import Keep
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import ApiError, api_error, refused
 from fledge.serve.generation import Generation, Shape
+from fledge.serve.guarding import Guarding, written
 from fledge.serve.jobs import Job
-from fledge.serve.responses_events import Event, Writer
+from fledge.serve.responses_events import INCOMPLETE, Event, Writer
 from fledge.serve.responses_input import (
     Item,
     Reader,
@@ -108,6 +109,7 @@ class Answering:
     writer: Writer | None = None
     usage: dict[str, Any] | None = None
     num_events: int = 0
+    guarding: Guarding | None = None
 
     async def run(self, job: Job) -> dict[str, Any]:
         """Answer, store and give back the response. A failure after the first event is an event as well."""
@@ -122,7 +124,7 @@ class Answering:
                 await update_response(self.state.database, self.principal.owner, self.id, body)
             raise
         assert self.writer is not None
-        status = "incomplete" if self.writer.reason == "length" else "completed"
+        status = "incomplete" if self.writer.reason in INCOMPLETE else "completed"
         body = self.body(status)
         await self._keep(body)
         self._emit(job, {"type": f"response.{status}", "response": body})
@@ -144,12 +146,14 @@ class Answering:
             if self.is_stored:
                 await update_response(self.state.database, owner, self.id, self.body("in_progress"))
             with Generation(self.state, self.principal, model, self.model_name, self.notes) as generation:
+                self.guarding = Guarding(self.state, written(conversation), request.moderation, bool(request.stream))
                 await self._generate(job, generation, generation.plan(request.sampling(self.model_name), prompt, shape))
 
     async def _generate(self, job: Job, generation: Generation, asked: EngineRequest) -> None:
+        assert self.guarding is not None
         generation.charge([asked])
         try:
-            async for event in generation.events(asked, is_empty=self.request.max_output_tokens == 0):
+            async for event in self.guarding.events(generation, asked, is_empty=self.request.max_output_tokens == 0):
                 self._take(job, event)
         finally:
             self.usage = generation.usage.to_response()
@@ -182,7 +186,9 @@ class Answering:
         request = self.request
         told = None if error is None else {"code": error.code or "server_error", "message": error.message}
         settled = status not in ("queued", "in_progress")
-        return {
+        is_cut = status == "incomplete"
+        report = self.guarding.report("response") if settled and self.guarding is not None else None
+        shown = {
             "id": self.id,
             "object": "response",
             "created_at": self.created_at,
@@ -190,12 +196,13 @@ class Answering:
             "status": status,
             "background": bool(request.background),
             "error": told,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": INCOMPLETE[str(self.writer.reason)]} if is_cut and self.writer else None,
             "model": self.model_name,
             "output": self.writer.output if self.writer is not None and settled else [],
             "usage": self.usage if settled else None,
             **_echoed(request),
         }
+        return shown if report is None else {**shown, "moderation": report}
 
     async def store(self, status: str) -> None:
         row = ResponseRow(

@@ -19,6 +19,10 @@ from fledge.types import TokenEvent
 Event = dict[str, Any]
 
 
+# Why an answer is cut short, by the engine's reason: what `incomplete_details` says.
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
 @dataclass
 class Writer:
     """Writes the output items of one response. Each method yields the events that tell of what it did."""
@@ -37,6 +41,10 @@ class Writer:
             self._reader = CallReader(self.model.style, self.toolbox.names, lambda _: new_id("call_"))
 
     def take(self, event: TokenEvent) -> Iterator[Event]:
+        if event.finish_reason == "content_filter":
+            self.reason = event.finish_reason
+            yield from self._refuse(event.text)
+            return
         told = []
         if self.wants_logprobs and event.model is not None and event.id not in self.model.renderer.stop_ids:
             told = [logprob_entry(self.model, event.id, event.model)]
@@ -77,7 +85,7 @@ class Writer:
             delta["obfuscation"] = padding({"content": text})
         yield delta
 
-    def _open_message(self) -> Iterator[Event]:
+    def _open_message(self, part: Event | None = None) -> Iterator[Event]:
         item = {
             "id": new_id("msg_"),
             "type": "message",
@@ -86,9 +94,18 @@ class Writer:
             "content": [],
         }
         yield from self._open(item)
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []} if part is None else part
         self._last["content"].append(part)
         yield {**self._place("response.content_part.added"), "content_index": 0, "part": _copied(part)}
+
+    def _refuse(self, text: str) -> Iterator[Event]:
+        """End with a message of its own that says why."""
+        yield from self._close()
+        part = {"type": "refusal", "refusal": ""}
+        yield from self._open_message(part)
+        part["refusal"] = text
+        yield {**self._place("response.refusal.delta"), "content_index": 0, "delta": text}
+        yield from self._close()
 
     # Calls
 
@@ -123,7 +140,7 @@ class Writer:
             return
         self._is_open = False
         last = self._last
-        last["status"] = "incomplete" if self.reason == "length" else "completed"
+        last["status"] = "incomplete" if self.reason in INCOMPLETE else "completed"
         yield from _closing_events(last, len(self.output) - 1)
 
 
@@ -134,8 +151,11 @@ def _closing_events(item: dict[str, Any], index: int) -> Iterator[Event]:
         yield {"type": "response.function_call_arguments.done", **place, **told}
     else:
         part = item["content"][0]
-        text = {"text": part["text"], "logprobs": part["logprobs"]}
-        yield {"type": "response.output_text.done", **place, "content_index": 0, **text}
+        if part["type"] == "refusal":
+            yield {"type": "response.refusal.done", **place, "content_index": 0, "refusal": part["refusal"]}
+        else:
+            text = {"text": part["text"], "logprobs": part["logprobs"]}
+            yield {"type": "response.output_text.done", **place, "content_index": 0, **text}
         yield {"type": "response.content_part.done", **place, "content_index": 0, "part": _copied(part)}
     yield _item_event("response.output_item.done", index, item)
 
@@ -150,14 +170,27 @@ def told_again(response: dict[str, Any]) -> Iterator[Event]:
         yield _item_event("response.output_item.added", index, {**item, **empty, "status": "in_progress"})
         place = {"item_id": item["id"], "output_index": index}
         if item["type"] == "message":
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            yield {"type": "response.content_part.added", **place, "content_index": 0, "part": part}
-            told = {"delta": item["content"][0]["text"], "logprobs": item["content"][0]["logprobs"]}
-            yield {"type": "response.output_text.delta", **place, "content_index": 0, **told}
+            yield from _told_part(item["content"][0], place)
         else:
             yield {"type": "response.function_call_arguments.delta", **place, "delta": item["arguments"]}
         yield from _closing_events(item, index)
     yield {"type": f"response.{response['status']}", "response": response}
+
+
+def _told_part(part: Event, place: Event) -> Iterator[Event]:
+    is_refusal = part["type"] == "refusal"
+    empty: Event = {"refusal": ""} if is_refusal else {"text": "", "annotations": [], "logprobs": []}
+    yield {
+        "type": "response.content_part.added",
+        **place,
+        "content_index": 0,
+        "part": {"type": part["type"], **empty},
+    }
+    if is_refusal:
+        yield {"type": "response.refusal.delta", **place, "content_index": 0, "delta": part["refusal"]}
+    else:
+        told = {"delta": part["text"], "logprobs": part["logprobs"]}
+        yield {"type": "response.output_text.delta", **place, "content_index": 0, **told}
 
 
 def _item_event(kind: str, index: int, item: dict[str, Any]) -> Event:

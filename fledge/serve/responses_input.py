@@ -96,7 +96,7 @@ def to_conversation(instructions: str | None, items: Sequence[Item], toolbox: To
     names: dict[str, str] = {}
     for item in items:
         if item["type"] == "message":
-            text = "".join(part["text"] for part in item["content"])
+            text = "".join(part.get("text") or part.get("refusal", "") for part in item["content"])
             messages.append(Message.of(_ROLES[item["role"]], text))
         elif item["type"] == "function_call":
             names[item["call_id"]] = item["name"]

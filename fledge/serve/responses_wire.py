@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from fledge.serve.chat_wire import Sampling, TokenCount
+from fledge.serve.chat_wire import ModerationWish, Sampling, TokenCount
 from fledge.serve.wire import Answer, FieldRule, Metadata, Name, Wire
 
 
@@ -95,7 +95,7 @@ class ResponseRequest(ResponseContext):
     metadata: Metadata | None = None
     include: list[str] | None = None
     prompt: dict[str, Any] | None = None
-    moderation: dict[str, Any] | None = None
+    moderation: ModerationWish | None = None
     context_management: list[dict[str, Any]] | None = None
     image: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
@@ -153,7 +153,9 @@ RESPONSE_FIELDS = (
     FieldRule("metadata", "honoured", ""),
     FieldRule("include", "honoured", "log-probabilities; the rest belongs to tools that there are none of"),
     FieldRule("prompt", "refused", "there are no stored prompts; send the text"),
-    FieldRule("moderation", "refused", "no moderation model is served"),
+    FieldRule(
+        "moderation", "honoured", "by the server's moderation model, if it has one; `block` ends what is flagged"
+    ),
     FieldRule("context_management", "inert", "nothing is compacted; `truncation` says what happens when it is full"),
     FieldRule("image", "inert", "says how images would be read; there are none"),
     FieldRule("access_programs", "inert", "there are none"),

@@ -8,11 +8,13 @@ from typing import cast
 from fastapi import Request
 
 from fledge.rl.judge import Judge
+from fledge.safety.guard import GuardConfig, SafetyGuard
 from fledge.serve.auth import Keys
 from fledge.serve.guard import Limits
 from fledge.serve.hub import Hub
 from fledge.serve.jobs import Jobs
 from fledge.serve.metrics import Metrics
+from fledge.serve.moderation import Moderator
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database
 
@@ -21,7 +23,8 @@ from fledge.store.database import Database
 class ServerConfig:
     """`max_answers` bounds n, best_of and the number of prompts of one request together, `max_tokens` one answer.
 
-    `drain_seconds` is what answers in progress are given when the server is told to end.
+    `drain_seconds` is what answers in progress are given when the server is told to end. `guard` says what is moderated
+    in-line; without a moderation model that is nothing.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -29,6 +32,7 @@ class ServerConfig:
     max_answers: int = 128
     max_tokens: int = 1 << 20
     drain_seconds: float = 30.0
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class State:
     jobs: Jobs
     keys: Keys
     metrics: Metrics
+    guard: SafetyGuard
     judge: Judge
+    moderator: Moderator | None = None
 
 
 def state_of(request: Request) -> State:

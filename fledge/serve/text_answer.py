@@ -64,6 +64,8 @@ class TextChoice:
     def take(self, event: TokenEvent) -> dict[str, Any] | None:
         """What the event adds; None if that is nothing."""
         new = _Told()
+        if event.finish_reason == "content_filter":
+            return self.end(event.finish_reason)
         if event.id >= 0 and event.id not in self.model.renderer.stop_ids and event.model is not None:
             text, _ = token_text(self.model, event.id)
             self._tell(new, text, len(self.text), event.model)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fake_server import make_server
 from seeds import ALIASES, restore
-from serve_fakes import FakeLoader, entries
+from serve_fakes import FakeLoader, entries, word_moderator
 
 from fledge.serve.app import make_app, make_state
 from fledge.serve.hub import ModelEntry
@@ -24,7 +24,8 @@ async def main(folder: Path, port: int, control_port: int) -> None:
     database, blobs = Database(sqlite_url(folder / "fledge.db")), Blobs(folder / "blobs")
     await database.open()
     own = [*entries("fake"), *(ModelEntry(name, 1_700_000_000, "fledge", target="fake") for name in ALIASES)]
-    state = make_state(ServerConfig(drain_seconds=0.1), database, blobs, FakeLoader(), own)
+    config = ServerConfig(drain_seconds=0.1)
+    state = make_state(config, database, blobs, FakeLoader(), own, moderator=word_moderator())
 
     async def on_control(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await restore(database, blobs)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -16,9 +17,12 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from fledge.errors import EngineDied, UserError
+from fledge.safety.categories import NAMES
+from fledge.safety.classifier import Verdict
 from fledge.serve.app import make_app, make_state
 from fledge.serve.engine import FIM_NAMES, Figures, ServedModel
 from fledge.serve.hub import ModelEntry
+from fledge.serve.moderation import Moderator
 from fledge.serve.state import ServerConfig, State
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database, sqlite_url
@@ -154,6 +158,33 @@ class FakeLoader:
         return ServedModel(name, renderer, self.engine, 4096, "f" * 64, fim_ids=fim)  # type: ignore[arg-type]
 
 
+class WordClassifier:
+    """Flags `hate` where a text says "hateful", `violence` where it says "violent" (or 暴力); else scores 0.01."""
+
+    WORDS = (("hate", "hateful"), ("violence", "violent"), ("violence", "暴力"))
+
+    def __init__(self) -> None:
+        self.info = SimpleNamespace(name="words")
+        self.thresholds = dict.fromkeys(NAMES, 0.5)
+        self.judged: list[str] = []
+
+    def rows(self, text: str) -> list[list[int]]:
+        return [tokenizer().encode(text)] if text else []
+
+    def verdict(self, text: str, vectors: NDArray[np.float32]) -> Verdict:
+        assert len(vectors) == len(self.rows(text))
+        self.judged.append(text)
+        flagged = tuple(dict.fromkeys(name for name, word in self.WORDS if word in text))
+        return Verdict({name: 0.9 if name in flagged else 0.01 for name in NAMES}, flagged)
+
+
+def word_moderator(engine: FakeEngine | None = None) -> Moderator:
+    async def start() -> FakeEngine:
+        return engine or FakeEngine()
+
+    return Moderator(WordClassifier(), start)  # type: ignore[arg-type]
+
+
 def entries(*names: str) -> list[ModelEntry]:
     return [ModelEntry(name, 1_700_000_000, "fledge", path=Path(name)) for name in names]
 
@@ -186,7 +217,12 @@ async def serving(
     await database.open()
     loader = FakeLoader(engine)
     state = make_state(
-        config or ServerConfig(drain_seconds=0.5), database, Blobs(folder / "blobs"), loader, entries("fake")
+        config or ServerConfig(drain_seconds=0.5),
+        database,
+        Blobs(folder / "blobs"),
+        loader,
+        entries("fake"),
+        moderator=word_moderator(),
     )
     app = make_app(state)
     keys = {user: (await create_key(database, KeyRequest(user)))[0] for user in ("alice", "bob")}

@@ -175,7 +175,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"foo": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
     ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
-    ({"moderation": {"model": "x"}}, "moderation", "unsupported_parameter"),
+    ({"moderation": {"model": 1}}, "moderation.model", "invalid_value"),
     ({"foo": 1}, "foo", "unknown_parameter"),
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_value"),

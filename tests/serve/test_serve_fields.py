@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from fledge.serve.chat_wire import CHAT_FIELDS, ChatRequest
 from fledge.serve.completions_wire import COMPLETION_FIELDS, CompletionRequest
 from fledge.serve.embeddings import EMBEDDING_FIELDS, EmbeddingRequest
+from fledge.serve.moderations import MODERATION_FIELDS, ModerationRequest
 from fledge.serve.responses_wire import COUNT_FIELDS, RESPONSE_FIELDS, CountRequest, ResponseRequest
 from fledge.serve.wire import FieldRule
 
@@ -21,6 +22,7 @@ TABLES: dict[str, tuple[tuple[FieldRule, ...], type[BaseModel]]] = {
     "CreateChatCompletionRequest": (CHAT_FIELDS, ChatRequest),
     "CreateCompletionRequest": (COMPLETION_FIELDS, CompletionRequest),
     "CreateEmbeddingRequest": (EMBEDDING_FIELDS, EmbeddingRequest),
+    "CreateModerationRequest": (MODERATION_FIELDS, ModerationRequest),
     "CreateResponse": (RESPONSE_FIELDS, ResponseRequest),
     "TokenCountsBody": (COUNT_FIELDS, CountRequest),
 }
@@ -30,6 +32,7 @@ PAGES = (
     ("/v1/responses/input_tokens", "TokenCountsBody"),
     ("/v1/completions", "CreateCompletionRequest"),
     ("/v1/embeddings", "CreateEmbeddingRequest"),
+    ("/v1/moderations", "CreateModerationRequest"),
 )
 
 
