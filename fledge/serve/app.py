@@ -44,6 +44,7 @@ from fledge.serve.limits import Limiter
 from fledge.serve.metrics import Metrics
 from fledge.serve.moderation import Moderator
 from fledge.serve.state import ServerConfig, State
+from fledge.serve.sweeper import Sweeper
 from fledge.serve.wire import ErrorAnswer
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database
@@ -110,11 +111,14 @@ def make_app(state: State) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await state.jobs.open()
         runner = Batches(state, app)
+        sweeper = Sweeper(state.database, state.blobs)
         runner.open()
+        sweeper.open()
         try:
             yield
         finally:
             await runner.close()
+            await sweeper.close()
             await state.jobs.close(state.config.drain_seconds)
             await state.hub.close()
             state.judge.close()

@@ -10,7 +10,9 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -19,6 +21,7 @@ from fledge.files import sync
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 16
+_WRITING = ".writing-"
 
 
 class Blobs:
@@ -49,6 +52,13 @@ class Blobs:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
+    def sweep_abandoned(self, older_than: float) -> None:
+        """Delete what writers that died so many seconds ago have left."""
+        for left in self.root.glob(f"{_WRITING}*"):
+            with suppress(FileNotFoundError):  # another server sweeps too
+                if time.time() - left.stat().st_mtime > older_than:
+                    left.unlink()
+
     def remove(self, digest: str) -> None:
         """Delete a content that no row names any more."""
         self.path(digest).unlink(missing_ok=True)
@@ -62,7 +72,7 @@ class BlobWriter:
         self._hash = hashlib.sha256()
         self.num_bytes = 0
         blobs.root.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=blobs.root)
+        descriptor, name = tempfile.mkstemp(prefix=_WRITING, dir=blobs.root)
         self._file: BinaryIO = os.fdopen(descriptor, "wb")
         self._temporary = Path(name)
 
