@@ -19,7 +19,9 @@ from fledge.safety.guard import SafetyGuard
 from fledge.serve import (
     batches,
     chat,
+    compaction,
     completions,
+    conversations,
     embeddings,
     errors,
     files,
@@ -28,6 +30,7 @@ from fledge.serve import (
     jobs_api,
     models,
     moderations,
+    rerank,
     responses,
     responses_stored,
     stored,
@@ -37,6 +40,7 @@ from fledge.serve import (
 )
 from fledge.serve.auth import Keys
 from fledge.serve.batches_run import Batches
+from fledge.serve.document import document
 from fledge.serve.guard import Guard
 from fledge.serve.hub import Hub, Loader, ModelEntry
 from fledge.serve.jobs import Jobs
@@ -57,9 +61,12 @@ _RESOURCES = (
     chat,
     stored,
     responses,
+    compaction,
     responses_stored,
+    conversations,
     completions,
     embeddings,
+    rerank,
     moderations,
     models,
     files,
@@ -135,6 +142,7 @@ def make_app(state: State) -> FastAPI:
         redoc_url=None,
     )
     app.state.fledge = state
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -66,10 +66,11 @@ VALIDATE_FIELDS = RUN_FIELDS[:1]
 @router.post("/validate", responses={200: {"model": GraderAnswer}})
 async def validate(request: Request, body: ValidateRequest, _: Owner) -> Response:
     _require_usable(body.grader)
-    verdicts = await _ask(state_of(request), {"": body.grader}, "", {}, {"check": True})
-    if verdicts[""].score is None:
-        kind, _separator, message = (verdicts[""].reason or "").partition(": ")
-        raise refused(message or kind, "grader", kind if message else "invalid_grader")
+    programs = {name: part for name, part in parts_of(body.grader).items() if part["type"] == "python"}
+    for verdict in (await _ask(state_of(request), programs, "", {}, {"check": True})).values():
+        if verdict.score is None:
+            kind, _separator, message = (verdict.reason or "").partition(": ")
+            raise refused(message or kind, "grader", kind if message else "invalid_grader")
     return json_response({"grader": body.grader})
 
 

@@ -24,6 +24,7 @@ from fledge.serve.responses_events import INCOMPLETE, Event, Writer
 from fledge.serve.responses_input import (
     Item,
     Reader,
+    conversation_id_of,
     grammar_of,
     items_before,
     own_items,
@@ -41,6 +42,7 @@ from fledge.serve.responses_wire import (
 from fledge.serve.sse import awaited, encode, json_response, streamed
 from fledge.serve.state import State, state_of
 from fledge.serve.wire import obey
+from fledge.store.conversations import add_items
 from fledge.store.pages import new_id, now
 from fledge.store.responses import add_response, update_response
 from fledge.store.tables import ResponseRow
@@ -77,7 +79,7 @@ async def count_tokens(request: Request, body: CountRequest, principal: User) ->
     """How many tokens the model would read."""
     request.state.notes.update(obey(COUNT_FIELDS, body))
     state = state_of(request)
-    before = await items_before(state.database, principal.owner, body.previous_response_id)
+    before = await items_before(state.database, principal.owner, body)
     conversation = to_conversation(body.instructions, [*before, *own_items(body)], toolbox_of(body))
     async with state.hub.use(principal.owner, _model_name(state, body)) as model:
         room = model.context if body.truncation == "auto" else None
@@ -134,7 +136,7 @@ class Answering:
         request = self.request
         owner = self.principal.owner
         toolbox = toolbox_of(request)
-        before = await items_before(self.state.database, owner, request.previous_response_id)
+        before = await items_before(self.state.database, owner, request)
         conversation = to_conversation(request.instructions, [*before, *self.inputs], toolbox)
         async with self.state.hub.use(owner, self.model_name) as model:
             options = request.stream_options
@@ -224,13 +226,18 @@ class Answering:
         elif self.request.store is not False:
             await self.store(body["status"])
             await update_response(self.state.database, self.principal.owner, self.id, body)
+        conversation_id = conversation_id_of(self.request)
+        if conversation_id is not None:
+            await add_items(self.state.database, conversation_id, [*self.inputs, *body["output"]])
 
 
 def _echoed(request: ResponseRequest) -> Event:
     """The settings of the request, as a response repeats them."""
     form = request.text.format if request.text else None
+    conversation_id = conversation_id_of(request)
     shown = {"type": "text"} if form is None else form.model_dump(exclude_none=True, by_alias=True)
     return {
+        "conversation": None if conversation_id is None else {"id": conversation_id},
         "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,
         "max_tool_calls": request.max_tool_calls,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,15 @@ from fledge.serve.chat_messages import Toolbox, make_toolbox, to_grammar
 from fledge.serve.chat_wire import FunctionSpec, JsonSchemaSpec, ResponseFormat
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import not_found, refused
-from fledge.serve.responses_wire import InputItem, InputPart, ResponseContext, ResponseTool
+from fledge.serve.responses_wire import (
+    ConversationRef,
+    EarlierContext,
+    InputItem,
+    InputPart,
+    ResponseContext,
+    ResponseTool,
+)
+from fledge.store.conversations import all_items, find_conversation
 from fledge.store.database import Database
 from fledge.store.pages import new_id
 from fledge.store.responses import chain_of
@@ -26,16 +35,22 @@ _ROLES: dict[str, Role] = {
 }
 _TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text")
 Item = dict[str, Any]
+SUMMARY = "What was said before, in short: "
 
 
-def own_items(body: ResponseContext) -> list[Item]:
+def own_items(body: EarlierContext) -> list[Item]:
     """The request's input as items with ids, as they are stored and listed. 400 names an item that is not known."""
     given = body.input
     if given is None or given == "":
         return []
     if isinstance(given, str):
         given = [InputItem(role="user", content=given)]
-    return [_as_item(item, f"input[{i}]") for i, item in enumerate(given)]
+    return as_items(given, "input")
+
+
+def as_items(given: Sequence[InputItem], place: str) -> list[Item]:
+    """Items with ids, as they are stored and listed; `place` is where they stand in the request."""
+    return [_as_item(item, f"{place}[{i}]") for i, item in enumerate(given)]
 
 
 def _as_item(item: InputItem, where: str) -> Item:
@@ -58,7 +73,12 @@ def _as_item(item: InputItem, where: str) -> Item:
                 output = "".join(part["text"] for part in _parts(output, "input_text", f"{where}.output"))
             result = {"call_id": item.call_id, "output": output, "status": "completed"}
             return {"id": item.id or new_id("fco_"), "type": "function_call_output", **result}
-        case "message" | "function_call" | "function_call_output":
+        case "compaction" if item.encrypted_content is not None:
+            if summary_in(item.encrypted_content) is None:
+                raise refused("this compaction is none of this server's", f"{where}.encrypted_content", "invalid_value")
+            content = {"encrypted_content": item.encrypted_content}
+            return {"id": item.id or new_id("cmp_"), "type": "compaction", **content}
+        case "message" | "function_call" | "function_call_output" | "compaction":
             raise refused(f"an item of type '{item.type}' lacks a field", where, "missing_required_parameter")
         case _:
             message = f"items of type '{item.type[:50]}' are not supported"
@@ -79,8 +99,33 @@ def _parts(content: str | list[InputPart], kind: str, where: str) -> list[Item]:
     return shown
 
 
-async def items_before(database: Database, owner: str, previous_id: str | None) -> list[Item]:
-    """All that was said up to and in the previous response; 404 if a part of it is not there."""
+def sealed_summary(text: str) -> str:
+    """What a compaction item carries: opaque to clients, but no secret of anybody's."""
+    return base64.urlsafe_b64encode(json.dumps({"summary": text}).encode()).decode()
+
+
+def summary_in(sealed: str) -> str | None:
+    """None for what `sealed_summary` has not made."""
+    try:
+        found = json.loads(base64.urlsafe_b64decode(sealed))
+    except (ValueError, RecursionError):
+        return None
+    text = found.get("summary") if isinstance(found, dict) else None
+    return text if isinstance(text, str) else None
+
+
+async def items_before(database: Database, owner: str, body: EarlierContext) -> list[Item]:
+    """All that was said up to and in the previous response, or in the conversation; 404 if a part is not there."""
+    previous_id, conversation_id = body.previous_response_id, conversation_id_of(body)
+    if previous_id is not None and conversation_id is not None:
+        message = "'conversation' and 'previous_response_id' both say what came before; give one of them"
+        raise refused(message, "conversation", "invalid_value")
+    if conversation_id is not None:
+        if "\0" in conversation_id or await find_conversation(database, owner, conversation_id) is None:
+            missing = not_found("conversation", conversation_id)
+            missing.param = "conversation"
+            raise missing
+        return await all_items(database, conversation_id)
     if previous_id is None:
         return []
     chain = await chain_of(database, owner, previous_id) if "\0" not in previous_id else None
@@ -89,6 +134,11 @@ async def items_before(database: Database, owner: str, previous_id: str | None) 
         found.param = "previous_response_id"
         raise found
     return [item for row in chain for item in (*row.inputs, *row.body.get("output", []))]
+
+
+def conversation_id_of(body: EarlierContext) -> str | None:
+    given = body.conversation
+    return given.id if isinstance(given, ConversationRef) else given
 
 
 def to_conversation(instructions: str | None, items: Sequence[Item], toolbox: Toolbox) -> Conversation:
@@ -101,6 +151,8 @@ def to_conversation(instructions: str | None, items: Sequence[Item], toolbox: To
         elif item["type"] == "function_call":
             names[item["call_id"]] = item["name"]
             _add_call(messages, CallPart(item["name"], item["arguments"], item["call_id"]))
+        elif item["type"] == "compaction":
+            messages.append(Message.of("system", SUMMARY + (summary_in(item["encrypted_content"]) or "")))
         else:
             part = (TextPart(item["output"]),)
             messages.append(Message("tool", part, name=names.get(item["call_id"]), call_id=item["call_id"]))

@@ -22,18 +22,22 @@ class InputPart(Wire):
     refusal: str | None = None
 
 
+ItemId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00/]*$")]
+
+
 class InputItem(Wire):
     """Something said or called before. Without a `type` it is a message."""
 
     model_config = ConfigDict(extra="allow")
     type: str = "message"
-    id: str | None = None
+    id: ItemId | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | list[InputPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
     output: str | list[InputPart] | None = None
+    encrypted_content: Annotated[str, StringConstraints(max_length=20971520)] | None = None
 
 
 class ResponseTool(Wire):
@@ -62,14 +66,23 @@ class ResponseStreamOptions(Wire):
     include_obfuscation: bool | None = None
 
 
-class ResponseContext(Wire):
-    """What decides which tokens the model reads: common to a response and to counting its tokens."""
+class ConversationRef(Wire):
+    id: str
 
-    model: Name | None = None
+
+class EarlierContext(Wire):
+    """What is asked now, and where to find what came before: common to a response, its count and its compaction."""
+
     input: str | list[InputItem] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    conversation: str | dict[str, Any] | None = None
+    conversation: str | ConversationRef | None = None
+
+
+class ResponseContext(EarlierContext):
+    """What decides which tokens the model reads: common to a response and to counting its tokens."""
+
+    model: Name | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -127,7 +140,7 @@ CONTEXT_FIELDS = (
     FieldRule("input", "honoured", "texts, calls and their results; other kinds of items are refused by name"),
     FieldRule("instructions", "honoured", ""),
     FieldRule("previous_response_id", "honoured", ""),
-    FieldRule("conversation", "refused", "there are no conversation objects; use previous_response_id"),
+    FieldRule("conversation", "honoured", "its items come first, and what is said is added to it"),
     FieldRule("tools", "honoured", "functions; built-in tools are refused by name"),
     FieldRule("tool_choice", "honoured", "enforced while the answer is drawn"),
     FieldRule("parallel_tool_calls", "honoured", ""),

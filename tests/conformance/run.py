@@ -35,9 +35,14 @@ SCOPE = {
     "files": "test_files.py",
     "fine-tuning jobs": "fine_tuning/test_jobs.py",
     "fine-tuning checkpoints": "fine_tuning/jobs/test_checkpoints.py",
+    "fine-tuning permissions": "fine_tuning/checkpoints/test_permissions.py",
+    "graders": "fine_tuning/alpha/test_graders.py",
+    "batches": "test_batches.py",
     "responses": "test_responses.py",
     "response items": "responses/test_input_items.py",
     "response tokens": "responses/test_input_tokens.py",
+    "conversations": "test_conversations.py",
+    "conversation items": "conversations/test_items.py",
 }
 
 

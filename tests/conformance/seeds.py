@@ -16,9 +16,13 @@ from fledge.store.database import Database
 from fledge.store.keys import KeyRequest, create_key
 from fledge.store.tables import (
     Base,
+    BatchRow,
     CompletionRow,
+    ConversationItemRow,
+    ConversationRow,
     FileRow,
     ModelRow,
+    PermissionRow,
     ResponseRow,
     TuningCheckpointRow,
     TuningEventRow,
@@ -41,14 +45,15 @@ async def restore(database: Database, blobs: Blobs) -> None:
     await create_key(database, KeyRequest(OWNER), KEY)
     digest = blobs.put(b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     async with database.writing() as session:
-        session.add_all([*_models(), *_files(digest), *_completions(), *_responses(), _job()])
+        session.add_all([*_models(), *_files(digest), *_completions(), *_responses(), *_jobs(), *_batches()])
+        session.add(ConversationRow(id="conv_123", created_at=WHEN, owner=OWNER, labels={"foo": "string"}))
     async with database.writing() as session:
-        session.add_all(_job_parts())
+        session.add_all([*_job_parts(), *_permissions(), *_conversation_items()])
 
 
 def _models() -> list[Base]:
-    name = "ft:gpt-4o-mini:acemeco:suffix:abc123"
-    return [ModelRow(id=name, created_at=WHEN, owner=OWNER, owned_by=OWNER, path="tuned")]
+    names = ("ft:gpt-4o-mini:acemeco:suffix:abc123", *SHARED)
+    return [ModelRow(id=name, created_at=WHEN, owner=OWNER, owned_by=OWNER, path="tuned") for name in names]
 
 
 def _files(digest: str) -> list[Base]:
@@ -59,7 +64,7 @@ def _files(digest: str) -> list[Base]:
         "bytes": 88,
         "sha256": digest,
     }
-    purposes = {"file_id": "fine-tune", "file-abc123": "fine-tune", "after": "batch"}
+    purposes = {"file_id": "fine-tune", "file-abc123": "fine-tune", "after": "batch", "input_file_id": "batch"}
     return [FileRow(id=name, purpose=purpose, status="processed", **about) for name, purpose in purposes.items()]
 
 
@@ -128,21 +133,15 @@ def _response(name: str) -> ResponseRow:
 
 
 JOB = "ft-AF1WoRqd3aJAHsqc9NY7iL8F"
+# The models whose permissions the tests ask for; one is called as a job is elsewhere.
+SHARED = ("ft:gpt-4o-mini-2024-07-18:org:weather:B7R9VjQd", JOB)
 
 
-def _job() -> Base:
-    files = {"training_file": "file-abc123", "validation_file": None, "result_files": []}
+def _jobs() -> list[Base]:
+    files: dict[str, Any] = {"training_file": "file-abc123", "validation_file": None, "result_files": []}
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}}
-    return TuningJobRow(
-        id=JOB,
-        created_at=WHEN,
-        owner=OWNER,
-        status="running",
-        model="gpt-4o-mini",
-        seed=1,
-        method=method,
-        **files,
-    )
+    about = {"owner": OWNER, "status": "running", "model": "gpt-4o-mini", "seed": 1, "method": method, **files}
+    return [TuningJobRow(id=name, created_at=WHEN, labels={"foo": "string"}, **about) for name in ("after", JOB)]
 
 
 def _job_parts() -> list[Base]:
@@ -151,3 +150,30 @@ def _job_parts() -> list[Base]:
     names = ("after", "next")
     rows: list[Base] = [TuningEventRow(id=f"{name}", created_at=WHEN, job_id=JOB, **event) for name in names]
     return rows + [TuningCheckpointRow(id=f"{name}", created_at=WHEN, job_id=JOB, **checkpoint) for name in names]
+
+
+def _batches() -> list[Base]:
+    """Running, by a server that is not this one."""
+    about: dict[str, Any] = {"owner": OWNER, "endpoint": "/v1/responses", "input_file_id": "input_file_id"}
+    about |= {"completion_window": "24h", "status": "in_progress", "worker": "another", "leased_until": 2**40}
+    about |= {"times": {"in_progress_at": WHEN}, "counts": {"total": 2, "completed": 1, "failed": 0}, "extra": {}}
+    return [BatchRow(id=name, created_at=WHEN, **about) for name in ("after", "batch_id")]
+
+
+def _permissions() -> list[Base]:
+    names = {"after": SHARED[1], "cp_zc4Q7MP6XxulcVzj4MZdwsAB": SHARED[0]}
+    return [
+        PermissionRow(id=name, created_at=WHEN, owner=OWNER, model=model, project_id="project_id")
+        for name, model in names.items()
+    ]
+
+
+def _conversation_items() -> list[Base]:
+    part = {"type": "input_text", "text": "a"}
+    said = {"type": "message", "status": "completed", "role": "user", "content": [part]}
+    return [
+        ConversationItemRow(
+            id=f"conv_123/{name}", created_at=WHEN, conversation_id="conv_123", body={"id": name, **said}
+        )
+        for name in ("after", "msg_abc")
+    ]

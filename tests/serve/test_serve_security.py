@@ -20,7 +20,10 @@ from fledge.store.models import register_model
 pytestmark = pytest.mark.anyio
 HELLO = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"
-BODIES: dict[str, dict[str, Any]] = {"PermissionRequest": {"project_ids": ["x"]}}
+BODIES: dict[str, dict[str, Any]] = {
+    "PermissionRequest": {"project_ids": ["x"]},
+    "ItemsRequest": {"items": [{"role": "user", "content": "x"}]},
+}
 
 
 def operations(server: Server) -> list[tuple[str, str, dict[str, Any]]]:
@@ -72,7 +75,14 @@ async def make_tuned(client: httpx2.AsyncClient, user: str) -> dict[str, str]:
         "fine_tuned_model_checkpoint": f"ft-{user}",
         "permission_id": granted.json()["data"][0]["id"],
         **await make_batch(client),
+        **await make_conversation(client),
     }
+
+
+async def make_conversation(client: httpx2.AsyncClient) -> dict[str, str]:
+    items = [{"id": f"item-{client.headers['authorization'][-8:]}", "role": "user", "content": "Hi"}]
+    made = await client.post("/v1/conversations", json={"items": items})
+    return {"conversation_id": made.json()["id"], "item_id": items[0]["id"]}
 
 
 async def make_batch(client: httpx2.AsyncClient) -> dict[str, str]:
