@@ -34,16 +34,18 @@ from fledge.recipes.stage_ppo import COMPILED_FROM_EPISODES
 from fledge.recipes.stage_reward import COMPILED_FROM_STEPS
 from fledge.recipes.training import initialised, step_flops
 from fledge.rl.sampler import EngineSampler
+from fledge.rl.world import split_rows
 from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
 from fledge.train.compile import compiled, resolve
 from fledge.train.device import default_device, raise_malloc_thresholds
-from fledge.train.loop import train_step
+from fledge.train.loop import Pairs, train_step
 from fledge.train.optim import OptimizerSet
 from fledge.types import SamplingParams
 
 BYTES_PER_TOKEN = 3.6  # English with a vocabulary of a few thousand tokens; the corpus stage measures the real figure
 CHAT_MESSAGES_TOKENS = 14  # mean of a chat message
-PROBE_STEPS, PROBE_WARMUP = 4, 2
+PROBE_STEPS, PROBE_WARMUP = 16, 4  # the first ones share the cores with the compiler's own processes
+FORWARD_PROBES = 3
 PROBE_TOKENS = 200_000  # for counting n-grams
 BASE_BYTES = 420 << 20  # interpreter, torch, tokenizer and the corpus index, before any model
 SERIAL_SECONDS = 1.5  # what every stage spends on loading, hashing and writing, beside its work
@@ -122,8 +124,9 @@ def _step_seconds(model: nn.Module, fit: FitPlan, *, compiles: bool) -> tuple[fl
     optimizers = OptimizerSet(model, fit.optim)
     taken = []
     for number in range(PROBE_WARMUP + PROBE_STEPS):
-        batch = _random_batch(model, fit, number)
-        taken.append(_timed(lambda batch=batch: train_step(model, optimizers, [(objective, batch)])))  # type: ignore[misc]
+        parts = split_rows(_random_batch(model, fit, number), -(-fit.rows // fit.lanes))
+        pairs: Pairs = [(objective, part) for part in parts]
+        taken.append(_timed(lambda pairs=pairs: train_step(model, optimizers, pairs, lanes=fit.lanes)))  # type: ignore[misc]
     return float(np.median(taken[PROBE_WARMUP:])), taken[0]
 
 
@@ -142,7 +145,7 @@ def _forward_seconds(model: nn.Module, fit: FitPlan) -> float:
     any_model: Any = model
     batch = _random_batch(model, fit, 0).to(next(model.parameters()).device)
     objective = NextToken(fit.row_length, 1)
-    return min(_timed(lambda: objective.loss(any_model, batch)) for _ in range(PROBE_WARMUP + 1))
+    return min(_timed(lambda: objective.loss(any_model, batch)) for _ in range(FORWARD_PROBES))
 
 
 def _decode_seconds(model: nn.Module, plan: RingPlan) -> float:

@@ -36,7 +36,8 @@ class CorpusPlan:
 class FitPlan:
     """One training stage by gradient. `steps` of `rows` rows of `row_length` positions.
 
-    `warmup` and `cooldown` are shares of the steps; `optim` holds one rule a parameter role.
+    `warmup` and `cooldown` are shares of the steps; `optim` holds one rule a parameter role. A step is cut into
+    `lanes` micro-batches, which run side by side where the cores are there for it (train/lanes.py).
     """
 
     steps: int
@@ -48,6 +49,7 @@ class FitPlan:
     cooldown: float = 0.6
     final: float = 0.0
     clip_norm: float | None = None
+    lanes: int = 1
 
     @property
     def tokens(self) -> int:
@@ -121,6 +123,7 @@ class RewardPlan:
     warmup: float = 0.05
     final: float = 0.1
     clip_norm: float | None = 1.0
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class Scale:
 
 
 # Pocket's measured point, from which the other depths follow: depth 4 on two CPU cores (docs/pretraining.md).
-REFERENCE_DEPTH, REFERENCE_ROWS, REFERENCE_TOKENS = 4, 16, 3_700_000
+REFERENCE_DEPTH, REFERENCE_ROWS, REFERENCE_TOKENS = 4, 16, 3_500_000
 
 
 def scale_of(depth: int) -> Scale:

@@ -29,6 +29,7 @@ from fledge.train.optim import OptimConfig
 
 DEPTH = 4
 VOCAB_SIZE = 4096
+LANES = 2  # micro-batches of a step: one a core
 
 
 def pocket(depth: int | None = None) -> RingPlan:
@@ -53,12 +54,18 @@ def pocket(depth: int | None = None) -> RingPlan:
         ),
         tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE),
         pretrain=PretrainPlan(
-            FitPlan(scale.tokens // tokens_a_step, scale.rows, scale.row_length, OptimConfig.by_role(scale.lr))
+            FitPlan(
+                scale.tokens // tokens_a_step,
+                scale.rows,
+                scale.row_length,
+                OptimConfig.by_role(scale.lr),
+                lanes=LANES,
+            )
         ),
         code=CodePlan(continued(depth, share=0.1, rate=0.3)),
         sft=SFTPlan(continued(depth, share=0.13, rate=0.5)),
         rankings=RankingPlan(prompts=320),
-        reward=RewardPlan(prompts_per_step=16, optim=OptimConfig.adamw(1e-3, eps=1e-5)),
+        reward=RewardPlan(prompts_per_step=16, optim=OptimConfig.adamw(1e-3, eps=1e-5), lanes=LANES),
         ppo=ppo,
         evaluation=EvaluationPlan(),
     )
@@ -105,7 +112,7 @@ def continued(depth: int, *, share: float, rate: float) -> FitPlan:
     scale = scale_of(depth)
     steps = max(1, round(share * scale.tokens / (scale.rows * scale.row_length)))
     optim = OptimConfig.by_role(scale.lr * rate)
-    return FitPlan(steps, scale.rows, scale.row_length, optim, warmup=0.05, cooldown=0.9)
+    return FitPlan(steps, scale.rows, scale.row_length, optim, warmup=0.05, cooldown=0.9, lanes=LANES)
 
 
 def pocket_ppo() -> PPOConfig:
@@ -118,6 +125,7 @@ def pocket_ppo() -> PPOConfig:
         minibatch=16,
         epochs=1,
         forward_rows=16,
+        lanes=LANES,
         prompt_length=56,
         response_length=40,
         kl=KLConfig(beta=0.05, target=8.0, horizon=1000),

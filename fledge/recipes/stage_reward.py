@@ -22,7 +22,7 @@ from fledge.recipes.chats import Prompt, prompts
 from fledge.recipes.plan import FitPlan
 from fledge.recipes.report import Fact, Table
 from fledge.recipes.stage_corpus import chats_of
-from fledge.recipes.training import Context, Course, chosen, save_stage_model, train
+from fledge.recipes.training import Context, Course, chosen, pairs_of, save_stage_model, train
 from fledge.rl.rankings import Answer, Candidates, make_rankings, ranked_ids
 from fledge.train.compile import compiled
 from fledge.train.loop import Pairs, TrainState
@@ -144,10 +144,12 @@ def _ranking_model(context: Context, name: str, seed: int) -> None:
     fit = _fit_plan(context, num_examples=len(examples), per_step=per_step)
     pays = context.compiled and fit.steps >= COMPILED_FROM_STEPS
     region = compiled(read_scores) if pays else read_scores
-    objective = KWiseRanking(fit.row_length, sft.tokenizer.pad_id, num_rows=fit.rows, region=region)
+    num_rows = -(-per_step // fit.lanes) * context.plan.rankings.completions
+    objective = KWiseRanking(fit.row_length, sft.tokenizer.pad_id, num_rows=num_rows, region=region)
 
     def batches(state: TrainState, step: int) -> Pairs:
-        return [(objective, objective.collate([examples[i] for i in chosen(len(examples), per_step, step, seed)]))]
+        some = [examples[i] for i in chosen(len(examples), per_step, step, seed)]
+        return pairs_of(objective, some, fit.lanes)
 
     train(context, model, Course(fit, batches))
     _normalise(model, examples, sft)
@@ -183,6 +185,7 @@ def _fit_plan(context: Context, *, num_examples: int, per_step: int) -> FitPlan:
         warmup=plan.warmup,
         final=plan.final,
         clip_norm=plan.clip_norm,
+        lanes=plan.lanes,
     )
 
 

@@ -21,7 +21,7 @@ from fledge.recipes.chats import windows
 from fledge.recipes.plan import FitPlan
 from fledge.recipes.report import Claim, Fact, Table
 from fledge.recipes.stage_corpus import Texts, chats_of, document_numbers, open_texts, validation_texts
-from fledge.recipes.training import Context, Course, initialised, next_token, save_stage_model, train
+from fledge.recipes.training import Context, Course, initialised, next_token, pairs_of, save_stage_model, train
 from fledge.text.chat import conversation_piece
 from fledge.train.loop import Pairs, TrainState
 from fledge.train.metrics import FLOPS_FORMULA
@@ -48,7 +48,7 @@ def pretrain_stage(context: Context) -> None:
     def batches(state: TrainState, step: int) -> Pairs:
         if plan.reset_tables and step and (step + first) % epoch == 0:
             _forget(context, state, (step + first) // epoch)
-        return [(objective, objective.collate(batch(rows, step + first, fit.rows)))]
+        return pairs_of(objective, batch(rows, step + first, fit.rows), fit.lanes)
 
     held_out = _packed(context, texts, texts.prose, fit, held_out=True)
     course = Course(fit, batches, _validating(texts, held_out, fit))
@@ -81,7 +81,7 @@ def code_stage(context: Context) -> None:
     objective = next_token(context, fit, texts.tokenizer)
 
     def batches(state: TrainState, step: int) -> Pairs:
-        return [(objective, objective.collate(batch(rows, step, fit.rows)))]
+        return pairs_of(objective, batch(rows, step, fit.rows), fit.lanes)
 
     held_out = _packed(context, texts, _code(texts), fit, held_out=True)
     train(context, base.model, Course(fit, batches, _validating(texts, held_out, fit)))
@@ -113,7 +113,7 @@ def sft_stage(context: Context) -> None:
     objective = next_token(context, fit, texts.tokenizer)
 
     def batches(state: TrainState, step: int) -> Pairs:
-        return [(objective, objective.collate(batch(rows, step, fit.rows)))]
+        return pairs_of(objective, batch(rows, step, fit.rows), fit.lanes)
 
     held_out = PackedRows(PieceList(held_out_chats), fit.row_length, context.plan.seed)
     state = train(context, base.model, Course(fit, batches, _validating(texts, held_out, fit)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def train(context: AnyContext, model: nn.Module, course: Course) -> TrainState:
                 [*course.callbacks, (1, account), (1, keep)],
                 clip_norm=plan.clip_norm,
                 dump_to=context.path / "halted.safetensors",
+                lanes=plan.lanes,
             )
     finally:
         log.close()
@@ -130,6 +132,13 @@ class Keeper:
         is_due = time.monotonic() - self._saved_at >= self._context.plan.save_seconds
         if is_due and step < num_steps:
             save()
+
+
+def pairs_of(objective: Any, examples: Sequence[Any], lanes: int) -> Pairs:
+    """A step's examples as `lanes` micro-batches of neighbours, as even as can be; `objective` collates them."""
+    bounds = [place * len(examples) // lanes for place in range(lanes + 1)]
+    parts = [examples[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+    return [(objective, objective.collate(part)) for part in parts]
 
 
 def next_token(context: Context, fit_plan: FitPlan, tokenizer: Tokenizer) -> NextToken:

@@ -24,6 +24,7 @@ from fledge.objectives.clipped_policy import ActionSpace, ClippedPolicy
 from fledge.objectives.clipped_value import ClippedValue
 from fledge.rl.actors import Actors
 from fledge.rl.advantage import gae, whiten
+from fledge.rl.checks import first_complaint
 from fledge.rl.ema import Ema
 from fledge.rl.kl import KLConfig, next_beta
 from fledge.rl.prompts import draw_prompts, generator_of
@@ -57,7 +58,8 @@ __all__ = ["PPO", "PPOConfig", "PretrainMix", "Round", "World"]
 class PPOConfig:
     """`rounds` of `episodes`; each round takes `epochs` passes over its episodes in minibatches.
 
-    `forward_rows` is the most rows in one forward pass (memory, not mathematics). `pretrain_ratio` is the number of
+    `forward_rows` is the most rows in one forward pass (memory, not mathematics), and `lanes` is how many such passes
+    may train side by side on a CPU (train/lanes.py). `pretrain_ratio` is the number of
     pretraining rows an episode (InstructGPT: 8), `pretrain_weight` 0 leaves them out. Learning rates warm up over
     `warmup_rounds`, then stay ("constant") or fall to 0 ("linear").
     """
@@ -67,6 +69,7 @@ class PPOConfig:
     minibatch: int = 64
     epochs: int = 1
     forward_rows: int = 64
+    lanes: int = 1
     prompt_length: int = 64
     response_length: int = 48
     temperature: float = 1.0
@@ -93,7 +96,7 @@ class PPOConfig:
             (self.rounds >= 1 and self.epochs >= 1, "rounds and epochs must be at least 1"),
             (self.minibatch >= MIN_MINIBATCH, f"minibatch must be at least {MIN_MINIBATCH} episodes"),
             (self.episodes >= 1 and self.episodes % self.minibatch == 0, "minibatch must divide episodes"),
-            (self.forward_rows >= 1, "forward_rows must be at least 1"),
+            (self.forward_rows >= 1 and self.lanes >= 1, "forward_rows and lanes must be at least 1"),
             (0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1"),
             (self.pretrain_weight >= 0, "pretrain_weight must be 0 or more"),
             (self.pretrain_weight == 0 or self.pretrain_rows >= 1, "pretrain_ratio gives no row a minibatch"),
@@ -107,6 +110,10 @@ class PPOConfig:
     def pretrain_rows(self) -> int:
         """Pretraining rows beside each minibatch."""
         return round(self.pretrain_ratio * self.minibatch)
+
+    def rows_a_pass(self, rows: int) -> int:
+        """How many of a step's `rows` a training pass takes, so that every lane has one."""
+        return min(self.forward_rows, max(1, -(-rows // self.lanes)))
 
     @property
     def steps_per_round(self) -> int:
@@ -191,6 +198,14 @@ class PPO:
         )
         if not is_paid_B.any() or not torch.isfinite(scores_B[is_paid_B]).all():
             self._halt("a score is not a finite number, or no episode has one", rollout)
+        complaint = first_complaint(
+            rollout,
+            start_tolerance=RATIO_TOLERANCE[self.device.type] if self.round_number == 0 else None,
+            shaped_B=None if config.reward.whiten else shaped_B,
+            beta=self.beta,
+        )
+        if complaint is not None:
+            self._halt(complaint, rollout)
         figures = round_metrics(rollout.rows(is_paid_B), episodes.ended_B[is_paid_B], shaped_B[is_paid_B])
         figures["failed_rewards"] = float((~is_paid_B).float().mean())
         return rollout, figures | scorer_figures(self.world.scorer)
@@ -213,7 +228,7 @@ class PPO:
         config, regions = self.config, self.world.regions
         policy = ClippedPolicy(self.space, config.clip, config.dual_clip, regions.policy)
         value = ClippedValue(config.value_clip, regions.scores)
-        rows = torch.arange(config.minibatch, device=self.device).split(config.forward_rows)
+        rows = torch.arange(config.minibatch, device=self.device).split(config.rows_a_pass(config.minibatch))
         parts = [minibatch.rows(chosen) for chosen in rows]
         pairs: Pairs = [*((policy, part) for part in parts), *self._pretraining(index)]
         metrics = train_step(
@@ -222,6 +237,7 @@ class PPO:
             pairs,
             clip_norm=config.clip_norm,
             dump_to=self._dump_path("policy"),
+            lanes=config.lanes,
         )
         # Nothing has been learned before a round's first step: sampler, trainer and mask agree, or this is a bug.
         tolerance = RATIO_TOLERANCE[self.device.type]
@@ -234,6 +250,7 @@ class PPO:
             [(value, part) for part in parts],
             clip_norm=config.clip_norm,
             dump_to=self._dump_path("value"),
+            lanes=config.lanes,
         )
         value_metrics["value_grad_norm"] = value_metrics.pop("grad_norm")
         return {**value_metrics, **metrics}
@@ -246,7 +263,7 @@ class PPO:
             config.pretrain_weight,
             step=step,
             rows=config.pretrain_rows,
-            forward_rows=config.forward_rows,
+            forward_rows=config.rows_a_pass(config.pretrain_rows),
         )
 
     def _dump_path(self, name: str) -> Path | None:

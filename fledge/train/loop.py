@@ -7,10 +7,11 @@ of micro-batches with uneven masks is wrong by up to 90 % of the gradient norm).
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from fledge.batches import Batch, Loss
 from fledge.errors import CheckpointError, TrainingHalted
 from fledge.train.device import precision
+from fledge.train.lanes import add_gradients, lanes_of, side_by_side
 from fledge.train.optim import OptimizerSet
 from fledge.train.schedule import Schedule
 from fledge.types import Metrics
@@ -87,6 +89,7 @@ def fit(
     *,
     clip_norm: float | None = None,
     dump_to: Path | None = None,
+    lanes: int = 1,
 ) -> None:
     """Train from `state.step` until `num_steps` are done; `batches(step)` must depend on the step alone.
 
@@ -100,7 +103,7 @@ def fit(
         # Dropout draws from the global generator; seeding it by step makes a resumed run draw the same.
         torch.manual_seed(state.seed * 1_000_003 + state.step)
         pairs = batches(state.step)
-        metrics = train_step(state.model, state.optimizers, pairs, clip_norm=clip_norm, dump_to=dump_to)
+        metrics = train_step(state.model, state.optimizers, pairs, clip_norm=clip_norm, dump_to=dump_to, lanes=lanes)
         state.step += 1
         metrics |= {"step": float(state.step), "step_seconds": time.perf_counter() - began, "lr_scale": scale}
         for every, act in callbacks:
@@ -115,28 +118,25 @@ def train_step(
     *,
     clip_norm: float | None = None,
     dump_to: Path | None = None,
+    lanes: int = 1,
 ) -> Metrics:
     """One optimizer step on the sum over terms of weight x sum / count, counted over all `pairs`.
+
+    `lanes` of them run at a time (train/lanes.py), if `lanes_of` allows.
 
     Metrics: "loss" (that sum), "loss/<term>" (its mean, unweighted), "count/<term>", the objectives' stats as means,
     and "grad_norm" before clipping to `clip_norm`. TrainingHalted, with the weights untouched and the batches in
     `dump_to`, if loss or gradient is NaN or infinite.
     """
-    device = next(model.parameters()).device
     counts: dict[str, float] = defaultdict(float)
     for _, batch in pairs:
         for name, count in batch.counts.items():
             counts[name] += count
     optimizers.zero_grad()
     sums = _Sums()
-    for objective, batch in pairs:
-        with precision(device):
-            loss = objective.loss(model, batch.to(device))
-        for name, term in loss.terms.items():
-            assert math.isclose(term.count, batch.counts[name], rel_tol=1e-5), f"{name}: loss and batch disagree"
-        total = sums.add(loss, counts)
-        if total is not None and total.requires_grad:
-            total.backward()
+    lanes = min(len(pairs), lanes_of(model, lanes))
+    for loss in (_losses_side_by_side if lanes > 1 else _losses)(model, pairs, counts, lanes):
+        sums.add(loss)
     grad_norm = optimizers.clip(clip_norm)
     metrics = sums.metrics(counts) | {"grad_norm": grad_norm}
     if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
@@ -144,6 +144,48 @@ def train_step(
         raise TrainingHalted(f"loss {metrics['loss']}, gradient norm {grad_norm}; weights untouched, batch in {where}")
     optimizers.step()
     return metrics
+
+
+def _losses(model: nn.Module, pairs: Pairs, counts: Mapping[str, float], lanes: int) -> Iterator[Loss]:
+    """The loss of each pair, its gradients added to `.grad`."""
+    for objective, batch in pairs:
+        loss = _loss(model, objective, batch)
+        total = _total(loss, counts)
+        if total is not None:
+            total.backward()
+        yield loss
+
+
+def _losses_side_by_side(model: nn.Module, pairs: Pairs, counts: Mapping[str, float], lanes: int) -> Iterator[Loss]:
+    """As `_losses`, `lanes` pairs at a time."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def work(objective: Objective, batch: Batch) -> tuple[Loss, Sequence[Tensor | None]]:
+        loss = _loss(model, objective, batch)
+        total = _total(loss, counts)
+        if total is None:
+            return loss, [None] * len(parameters)
+        return loss, torch.autograd.grad(total, parameters, allow_unused=True)
+
+    results = side_by_side([functools.partial(work, *pair) for pair in pairs], lanes)
+    add_gradients(parameters, [gradients for _, gradients in results])
+    yield from (loss for loss, _ in results)
+
+
+def _loss(model: nn.Module, objective: Objective, batch: Batch) -> Loss:
+    device = next(model.parameters()).device
+    with precision(device):
+        loss = objective.loss(model, batch.to(device))
+    for name, term in loss.terms.items():
+        assert math.isclose(term.count, batch.counts[name], rel_tol=1e-5), f"{name}: loss and batch disagree"
+    return loss
+
+
+def _total(loss: Loss, counts: Mapping[str, float]) -> Tensor | None:
+    """The scalar to run backward from, or None if no term has anything to count or to learn from."""
+    parts = [term.sum * (term.weight / counts[name]) for name, term in loss.terms.items() if counts[name] > 0]
+    total = torch.stack(parts).sum() if parts else None
+    return total if total is not None and total.requires_grad else None
 
 
 class _Sums:
@@ -154,16 +196,13 @@ class _Sums:
         self._weights: dict[str, float] = {}
         self._stats: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
-    def add(self, loss: Loss, counts: Mapping[str, float]) -> Tensor | None:
-        """The scalar to run backward from, or None if no term has anything to count."""
-        parts = [term.sum * (term.weight / counts[name]) for name, term in loss.terms.items() if counts[name] > 0]
+    def add(self, loss: Loss) -> None:
         for name, term in loss.terms.items():
             self._terms[name] += float(term.sum.detach())
             self._weights[name] = term.weight
         for name, (value, count) in loss.stats.items():
             self._stats[name][0] += float(value.detach())
             self._stats[name][1] += count
-        return torch.stack(parts).sum() if parts else None
 
     def metrics(self, counts: Mapping[str, float]) -> Metrics:
         means = {name: total / counts[name] if counts[name] > 0 else 0.0 for name, total in self._terms.items()}

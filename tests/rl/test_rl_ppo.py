@@ -395,6 +395,7 @@ OPTIONS = {
     "prompt_length": 9,
     "response_length": 9,
     "forward_rows": 3,
+    "lanes": 2,
     "rounds": 3,
 }
 
@@ -405,7 +406,7 @@ def test_every_option_is_used(name):
     config = replace(BUSY, rounds=4, warmup_rounds=0, schedule="constant", minibatch=8)
     world = toy.world(pretrain=toy.pretrain_mix())
     changed = replace(config, **{name: OPTIONS[name]})
-    if name in ("prompt_length", "forward_rows"):  # shapes and memory: only rounding may show
+    if name in ("prompt_length", "forward_rows", "lanes"):  # shapes and memory: only rounding may show
         a, b = (toy.ppo(given, world).round() for given in (config, changed))
         assert a.metrics["kl_k3"] == pytest.approx(b.metrics["kl_k3"], abs=1e-4)
         return
