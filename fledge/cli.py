@@ -31,6 +31,7 @@ COMMANDS = (
     ("quantize", "quantize", "make a smaller, faster checkpoint of a model"),
     ("models", "models", "the model families and their published sizes"),
     ("serve", "serve", "serve models with OpenAI's API"),
+    ("worker", "worker", "run the fine-tuning jobs of a server"),
     ("keys", "keys", "who may use the server"),
     ("moderation", "moderation", "train and show the model behind /v1/moderations"),
 )

@@ -7,7 +7,8 @@ import asyncio
 import ipaddress
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from fledge.serve.hub import ModelEntry
 from fledge.serve.loading import CACHE_BYTES, ProcessLoader
 from fledge.serve.moderation import Moderator, open_moderator
 from fledge.serve.state import ServerConfig, State
+from fledge.serve.workers import OwnWorker
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database
 from fledge.store.keys import KeyRequest, create_key, list_keys
 from fledge.store.pages import now
+
+WORKER_IDLE_SECONDS = 60
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,6 +62,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--threshold", metavar="CATEGORY=SCORE", action="append", default=[], help="in place of a measured threshold"
     )
+    parser.add_argument("--no-worker", action="store_true", help="leave fine-tuning jobs to `fledge worker` elsewhere")
     parser.set_defaults(run=run)
 
 
@@ -95,7 +100,8 @@ async def _serve(args: argparse.Namespace, entries: Sequence[ModelEntry], loader
         guard, moderator = moderation_of(args, loader)
         config = ServerConfig(guard=guard)
         state = make_state(config, database, blobs, loader, entries, max_bytes, moderator)
-        await _listen(state, args.host, args.port)
+        async with _worker(args, database):
+            await _listen(state, args.host, args.port)
     finally:
         await database.close()
     return 0
@@ -127,6 +133,23 @@ def _threshold(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError as error:
         raise UserError(f"--threshold {text}: expected CATEGORY=SCORE, for example hate=0.8") from error
+
+
+@asynccontextmanager
+async def _worker(args: argparse.Namespace, database: Database) -> AsyncIterator[None]:
+    """The process that runs fine-tuning jobs, started when there is one; it has the engines' threads."""
+    if args.no_worker:
+        yield
+        return
+    threads = () if args.threads is None else ("--threads", str(args.threads))
+    command = (sys.executable, "-m", "fledge", "worker", "--idle-seconds", str(WORKER_IDLE_SECONDS), *threads)
+    task = asyncio.create_task(OwnWorker(database, command).run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def _listen(state: State, host: str, port: int) -> None:

@@ -137,8 +137,9 @@ def plan_of(order: AlignOrder) -> AlignPlan:
     return override(plan, order.overrides)
 
 
-def align(order: AlignOrder, listener: Listener) -> Path:
-    """Run the method, or what is left of it, and write the card; returns the run folder.
+def align(order: AlignOrder, listener: Listener, interrupts: Interrupts | None = None) -> Path:
+    """Run the method, or what is left of it, and write the card; returns the run folder. Whoever hands in `interrupts`
+    can stop it by them as Ctrl-C does.
 
     Raises `UserError` for what cannot be used, `Interrupted` (naming the command that goes on) after Ctrl-C or SIGTERM.
     """
@@ -150,7 +151,7 @@ def align(order: AlignOrder, listener: Listener) -> Path:
     path, notice = open_run(order.name or default_name, {"fledge": fledge.__version__, **to_json(plan)}, order.runs)
     if notice:
         listener.stage("plan", "note", notice)
-    interrupts = Interrupts()
+    interrupts = interrupts or Interrupts()
     with locked(path), interrupts.handled():
         board: Board = TensorBoard(path / "tensorboard") if order.tensorboard else NoBoard()
         run = RingRun(plan, path, listener, interrupts, board, default_device(), compiled=False)

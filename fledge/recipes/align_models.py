@@ -6,6 +6,7 @@ or chat template (C11), weights that are no longer those the plan was made for (
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def save_aligned(
         notes={"method": context.plan.method},
     )
     return save_model(context.path / name, model, start.tokenizer, info, start.template)
+
+
+def save_checkpoint(context: Context, model: nn.Module, start: LoadedModel, step: int) -> None:
+    """Leave a model behind as `checkpoint-STEP`, whole like the result; training goes on with what it has."""
+    # An adapter is merged when it is saved, so it is a copy's.
+    saved = model if context.plan.lora is None else copy.deepcopy(model)
+    save_aligned(context, saved, start, {"start": start.hash}, name=f"checkpoint-{step}")
 
 
 def _save_adapter(context: Context, model: nn.Module, start: LoadedModel, name: str) -> None:

@@ -6,7 +6,7 @@ adapter no second model is needed, beside full tuning none is held while it trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,14 @@ from fledge.objectives.completions import Ids, frozen_logprobs, lay_out_rows
 from fledge.objectives.kto import VerdictIds, balanced_weights, mismatch
 from fledge.objectives.preference import PreferenceIds
 from fledge.recipes.align_data import HELD_OUT, TRAIN, Verdict, cut_of, read_lines, tokens_of
-from fledge.recipes.align_models import Context, save_aligned, start_of, trainable_model
+from fledge.recipes.align_models import Context, save_aligned, save_checkpoint, start_of, trainable_model
 from fledge.recipes.align_plan import FitSettings
 from fledge.recipes.report import Fact
 from fledge.recipes.training import Course, chosen, train
 from fledge.train.device import precision
 from fledge.train.loop import Pairs, TrainState
 from fledge.train.metrics import JsonLines
+from fledge.types import Metrics
 
 Rows = Sequence[tuple[Ids, Ids]]
 ROWS_A_LINE = 256  # completions scored between two lines of the file, which an interrupted stage goes on behind
@@ -90,11 +91,21 @@ def kto_stage(context: Context) -> None:
     fit_and_save(context, model, start, Course(fit_plan(settings.fit, len(found)), batches, quiet=True))
 
 
-def fit_and_save(context: Context, model: Any, start: LoadedModel, course: Course) -> None:
-    """Train, save, and say how it went."""
+def fit_and_save(
+    context: Context, model: Any, start: LoadedModel, course: Course, measure: Callable[[], Metrics] | None = None
+) -> None:
+    """Train, save, and say how it went. Wherever a model is left behind, `measure` adds to the step's metrics."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    train(context, model, course)
+    marks = context.plan.marks(course.fit.steps)
+
+    def leave_behind(state: TrainState, metrics: Metrics) -> None:
+        if marks and (state.step in marks or state.step == course.fit.steps) and measure is not None:
+            metrics.update(measure())
+        if state.step in marks:
+            save_checkpoint(context, model, start, state.step)
+
+    train(context, model, replace(course, callbacks=(*course.callbacks, (1, leave_behind))))
     save_aligned(context, model, start, {"start": start.hash})
     facts = (Fact("parameters trained", trained), Fact("steps", course.fit.steps))
     context.report = replace(context.report, parameters=parameters, facts=(*context.report.facts, *facts))

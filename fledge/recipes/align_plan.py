@@ -248,6 +248,12 @@ class AlignPlan:
     judge: JudgePlan | None = None
     outcome: OutcomePlan = field(default_factory=OutcomePlan)
     save_seconds: float = 45.0
+    checkpoints: int = 0  # models left behind on the way, evenly
+
+    def marks(self, steps: int) -> frozenset[int]:
+        """After which of `steps` steps a model is left behind; not at the end, which has the result."""
+        places = (round(steps * place / (self.checkpoints + 1)) for place in range(1, self.checkpoints + 1))
+        return frozenset(place for place in places if 0 < place < steps)
 
 
 @dataclass(frozen=True)

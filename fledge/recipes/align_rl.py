@@ -43,6 +43,7 @@ from fledge.recipes.align_models import (
     refuse_other_weights,
     require_unchanged,
     save_aligned,
+    save_checkpoint,
     scalar,
     start_of,
     trainable_model,
@@ -147,6 +148,8 @@ def _one_round(
     """A round, what the gold judge says of it, and its lines in the table of episodes."""
     began = time.perf_counter()
     done = algorithm.round()
+    if algorithm.round_number in context.plan.marks(algorithm.config.rounds):
+        save_checkpoint(context, algorithm.actors.policy, start, algorithm.round_number)
     metrics = {**done.metrics, **_gold(context, algorithm, watch, start)}
     tokens = int(done.rollout.action_mask_BT.sum())
     context.add_cost(tokens=tokens, busy_seconds=time.perf_counter() - began)

@@ -159,7 +159,7 @@ async def look_at_job(database: Database, job_id: str, worker: str) -> tuple[boo
     return (False, None) if found is None else (True, found[0])
 
 
-async def change_job(database: Database, job_id: str, worker: str, **changes: Any) -> bool:
+async def change_job(database: Database, job_id: str, worker: str, /, **changes: Any) -> bool:
     """Set columns of a job that is this worker's; false if it no longer is."""
     changed = (
         update(TuningJobRow)
