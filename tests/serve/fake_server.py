@@ -37,6 +37,7 @@ def listening(folder: Path, engine: FakeEngine | None = None) -> Iterator[tuple[
     async def run() -> None:
         async with serving(folder, engine=engine) as server:
             listener = make_server(server.app, port)
+            server.loop = asyncio.get_running_loop()
             ready.append((server, listener))
             await listener.serve()
 

@@ -197,6 +197,7 @@ class Server:
 
     def __init__(self, state: State, app: FastAPI, loader: FakeLoader, keys: dict[str, str]) -> None:
         self.state, self.app, self.loader, self.keys = state, app, loader, keys
+        self.loop: asyncio.AbstractEventLoop  # that of a server behind a socket (fake_server.py)
 
     @property
     def engine(self) -> FakeEngine:
