@@ -27,58 +27,32 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from generate_speed import theirs, twin
+from generate_speed import PAD, engine_of, requests, theirs, twin
 from roofline import Roofline, clocks
 from torch import nn
 
 from fledge.formats.gguf import read_gguf
 from fledge.formats.gguf_models import read_model
 from fledge.infer import naive
-from fledge.infer.engine import Engine, EngineConfig
+from fledge.infer.engine import Engine
 from fledge.infer.quantize import quantize
 from fledge.infer.quantized import Int4Linear, Int8Linear
 from fledge.infer.runner import probe_sites
 from fledge.models.gpt import GPT
 from fledge.models.gpt import PRESETS as GPT_SIZES
 from fledge.models.llama import Llama, LlamaConfig
-from fledge.text.tokenizer import Tokenizer
-from fledge.types import Request, SamplingParams
-
-PAD = 1
-_NUMBERS = count()
+from fledge.types import SamplingParams
 
 
 def seconds(call: Callable[[], Any]) -> float:
     start = clocks.now()
     call()
     return clocks.now() - start
-
-
-class Ids:
-    """A tokenizer of a model with random weights: its ids mean nothing."""
-
-    pad_id = PAD
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return b"x"
-
-
-def engine_of(model: Any, *, is_compiled: bool) -> Engine:
-    tokenizer = cast(Tokenizer, Ids(model.vocab_size))
-    return Engine(model, tokenizer, EngineConfig(cache_bytes=1 << 29, compile=is_compiled))
-
-
-def requests(prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
-    return [Request(f"request {next(_NUMBERS)}", tuple(prompt), params) for prompt in prompts]
 
 
 def whole(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> float:

@@ -1,4 +1,4 @@
-"""Cached generation beside `transformers.generate`: the same weights, prompts and number of tokens, in one run.
+"""The engine's generation beside `transformers.generate`: the same weights, prompts and number of tokens, in one run.
 
     OMP_NUM_THREADS=2 .venv/bin/python bench/generate_speed.py
     .venv/bin/python bench/generate_speed.py --family gpt --width 512 --layers 8 --batch 1 32 --sample
@@ -16,20 +16,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 
 from fledge.formats.huggingface import save_huggingface
-from fledge.infer.naive import generate
+from fledge.infer.engine import Engine, EngineConfig
 from fledge.models.gpt import GPT, GPTConfig
 from fledge.models.llama import Llama, LlamaConfig
-from fledge.types import SamplingParams
+from fledge.text.tokenizer import Tokenizer
+from fledge.types import Request, SamplingParams
 
 VOCAB, PAD = 8192, 1
 WIDTH_PER_HEAD = 64
+_NUMBERS = count()
 
 
 def build(family: str, width: int, num_layers: int, max_positions: int) -> GPT | Llama:
@@ -51,9 +54,30 @@ def twin(family: str, model: GPT | Llama) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
 
 
-def ours(model: GPT | Llama, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
-    done = generate(model, prompts, params, stop_ids=(), pad_id=PAD, decode=lambda ids: "")
-    return [list(completion.ids) for completion in done]
+class Ids:
+    """A tokenizer of a model with random weights: its ids mean nothing."""
+
+    pad_id = PAD
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"x"
+
+
+def engine_of(model: Any, *, is_compiled: bool) -> Engine:
+    tokenizer = cast(Tokenizer, Ids(model.vocab_size))
+    return Engine(model, tokenizer, EngineConfig(cache_bytes=1 << 29, compile=is_compiled))
+
+
+def requests(prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
+    return [Request(f"request {next(_NUMBERS)}", tuple(prompt), params) for prompt in prompts]
+
+
+def ours(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+    engine.update_weights({}, f"weights {next(_NUMBERS)}")  # so that no prompt is found in the cache
+    return [list(completion.ids) for (completion,) in engine.generate(requests(prompts, params))]
 
 
 def theirs(model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
@@ -82,17 +106,17 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(args: argparse.Namespace, model: GPT | Llama, peer: Any, batch: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace, engine: Engine, peer: Any, batch: int) -> dict[str, Any]:
     random = torch.Generator().manual_seed(batch)
     shortest = args.prompt // 2 if args.uneven else args.prompt
     lengths = torch.randint(shortest, args.prompt + 1, (batch,), generator=random).tolist()
     prompts = [torch.randint(2, VOCAB, (length,), generator=random).tolist() for length in lengths]
     params = SamplingParams(max_tokens=args.tokens, temperature=1.0 if args.sample else 0.0)
-    mine, other = ours(model, prompts, params), theirs(peer, prompts, params)  # warms both up
+    mine, other = ours(engine, prompts, params), theirs(peer, prompts, params)  # warms both up
     agreeing = sum(a == b for a, b in zip(mine, other, strict=True))
     assert all(len(a) == len(b) == args.tokens for a, b in zip(mine, other, strict=True))
     turns = [
-        (seconds(lambda: ours(model, prompts, params)), seconds(lambda: theirs(peer, prompts, params)))
+        (seconds(lambda: ours(engine, prompts, params)), seconds(lambda: theirs(peer, prompts, params)))
         for _ in range(args.repeats)
     ]
     made = batch * args.tokens
@@ -114,6 +138,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to make for each prompt")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="our steps of up to eight answers as compiled code")
     parser.add_argument("--sample", action="store_true", help="temperature 1 instead of greedy")
     parser.add_argument("--uneven", action="store_true", help="prompts of half to whole length")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -123,6 +148,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     model = build(args.family, args.width, args.layers, args.prompt + args.tokens)
     peer = twin(args.family, model)
+    engine = engine_of(model, is_compiled=args.compile)
     setting = {
         **vars(args),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -131,7 +157,7 @@ def main() -> None:
     }
     print(json.dumps(setting))
     for batch in args.batch:
-        print(json.dumps(measure(args, model, peer, batch)), flush=True)
+        print(json.dumps(measure(args, engine, peer, batch)), flush=True)
 
 
 if __name__ == "__main__":

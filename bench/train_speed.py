@@ -28,6 +28,8 @@ import torch
 
 from fledge.models.llama import Llama, LlamaConfig
 from fledge.objectives.next_token import NextToken, next_token_sums
+from fledge.recipes.pocket import LANES
+from fledge.recipes.training import pairs_of
 from fledge.train.compile import compiled
 from fledge.train.device import default_device, raise_malloc_thresholds
 from fledge.train.loop import train_step
@@ -87,10 +89,11 @@ def fledge_step(size: Size, is_compiled: bool) -> Callable[[int], float]:
     optimizers = OptimizerSet(model, OptimConfig.adamw(LR))
     objective = NextToken(size.row_length, PAD, compiled(next_token_sums) if is_compiled else next_token_sums)
     ones = np.ones(size.row_length + 1, np.float32)
+    lanes = LANES if device.type == "cpu" else 1  # as the recipes do
 
     def step(index: int) -> float:
-        batch = objective.collate([(Piece(ids, ones),) for ids in tokens_of(size, index)])
-        return train_step(model, optimizers, [(objective, batch)], clip_norm=1.0)["loss"]
+        pairs = pairs_of(objective, [(Piece(ids, ones),) for ids in tokens_of(size, index)], lanes)
+        return train_step(model, optimizers, pairs, clip_norm=1.0, lanes=lanes)["loss"]
 
     return step
 
