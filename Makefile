@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: up setup test test-all conformance lint bench clean
+.PHONY: up setup test test-all mutants conformance lint bench clean
 .DEFAULT_GOAL := up
 
 up: setup
@@ -36,6 +36,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+# Bugs injected into the alignment code one at a time: a fast test must catch each; writes the table in docs/alignment.md.
+mutants: setup
+	$(BIN)/python tests/mutants/mutate.py
 
 # The API tests of OpenAI's own client against our server; writes docs/conformance.md.
 conformance: setup

@@ -63,7 +63,7 @@ from fledge.types import Completion, Conversation, Piece, Provenance, Ranking
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 READMES = sorted(ROOT.glob("README*.md"))
 TEXTS = {path: path.read_text(encoding="utf-8") for path in (*PAGES, *READMES)}
 
@@ -354,7 +354,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_every_page_is_linked_from_the_index() -> None:
     linked = set(LINK.findall(TEXTS[DOCS / "index.md"]))
-    assert {path.name for path in PAGES} - {"index.md"} <= linked
+    assert {path.relative_to(DOCS).as_posix() for path in PAGES} - {"index.md"} <= linked
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)

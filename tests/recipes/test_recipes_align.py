@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import shutil
 import signal
 import subprocess
@@ -367,21 +366,3 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_weights(me
     done = subprocess.run(line, env=world.environment(folder), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert weights(folder / "runs" / "killed") == expected
-
-
-def examples() -> list[str]:
-    """The commands of docs/align.md, in order."""
-    page = Path(__file__).parents[2] / "docs" / "align.md"
-    return [line.strip() for line in page.read_text().splitlines() if line.startswith("    fledge align ")]
-
-
-@pytest.mark.slow
-def test_every_example_of_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "runs" / "tiny").rename(folder / "runs" / "pocket")
-    monkeypatch.chdir(folder)
-    found = examples()
-    assert [line.split()[2] for line in found] == [method.name for method in METHODS]
-    for line in found:
-        words = shlex.split(line)[1:]
-        settings = [word for leaf in ORDERS[words[1]][2] for word in ("--set", leaf) if "judge" not in leaf]
-        assert cli.main([*words, *settings]) == 0, line

@@ -1,0 +1,171 @@
+"""Bugs in what rl/ makes of scores: token rewards, advantages, groups."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+REWARD, ADVANTAGE, GROUPS = "fledge/rl/reward.py", "fledge/rl/advantage.py", "fledge/rl/groups.py"
+
+RL = (
+    Mutant(
+        "missing-end-inverted",
+        REWARD,
+        "torch.where(ended_B, shaped_B, config.missing_end_score)",
+        "torch.where(ended_B, config.missing_end_score, shaped_B)",
+        "answers that end are punished, those that do not are paid",
+    ),
+    Mutant(
+        "missing-end-paid",
+        REWARD,
+        "shaped_B - config.missing_end_penalty",
+        "shaped_B + config.missing_end_penalty",
+        "a missing end is rewarded",
+    ),
+    Mutant(
+        "scores-not-centred",
+        REWARD,
+        "(shaped_B - moments.mean) / max(moments.std, 1e-6)",
+        "shaped_B / max(moments.std, 1e-6)",
+        "normalised scores keep their mean",
+    ),
+    Mutant(
+        "clip-from-above-only",
+        REWARD,
+        "shaped_B.clamp(-config.clip, config.clip)",
+        "shaped_B.clamp(max=config.clip)",
+        "scores are not bounded from below",
+    ),
+    Mutant(
+        "rewards-lose-their-mean",
+        REWARD,
+        "whiten(rewards_BT, action_mask_BT, shift_mean=False)",
+        "whiten(rewards_BT, action_mask_BT, shift_mean=True)",
+        "whitened rewards are centred, so that episodes have no value",
+    ),
+    Mutant(
+        "moments-forget-the-gap",
+        REWARD,
+        " + gap * gap * self.count * num / total",
+        "",
+        "the running spread ignores that means of rounds differ",
+    ),
+    Mutant(
+        "score-after-as-many-tokens",
+        REWARD,
+        "torch.where(action_mask_BT > 0, index_T, 0).amax(dim=1)",
+        "(action_mask_BT.sum(dim=1) - 1).long().clamp(min=0)",
+        "the last action is looked for at the number of actions, as if no prompt stood before",
+    ),
+    Mutant(
+        "kl-of-padding",
+        REWARD,
+        "torch.where(action_mask_BT > 0, delta_BT, 0.0)",
+        "delta_BT.clone()",
+        "positions that are no action pay for KL",
+    ),
+    Mutant(
+        "unbiased-variance",
+        ADVANTAGE,
+        ".square() * mask_BT).sum() / count",
+        ".square() * mask_BT).sum() / (count - 1).clamp(min=1)",
+        "whitening divides by n - 1",
+    ),
+    Mutant(
+        "whitening-keeps-the-mean",
+        ADVANTAGE,
+        "(whitened_BT if shift_mean else whitened_BT + mean)",
+        "(whitened_BT + mean if shift_mean else whitened_BT)",
+        "the two kinds of whitening are exchanged",
+    ),
+    Mutant(
+        "whitened-padding",
+        ADVANTAGE,
+        "(whitened_BT if shift_mean else whitened_BT + mean) * mask_BT",
+        "(whitened_BT if shift_mean else whitened_BT + mean)",
+        "padding has an advantage after whitening",
+    ),
+    Mutant(
+        "value-zeroed-at-observations",
+        ADVANTAGE,
+        "value_B = torch.where(is_action_B, values_BT[:, t], value_B)",
+        "value_B = torch.where(is_action_B, values_BT[:, t], 0.0)",
+        "an observation in the middle of an episode ends it for the value function",
+    ),
+    Mutant(
+        "advantage-cut-at-observations",
+        ADVANTAGE,
+        "advantage_B = torch.where(is_action_B, delta_B + gamma * lam * advantage_B, advantage_B)",
+        "advantage_B = torch.where(is_action_B, delta_B + gamma * lam * advantage_B, 0.0)",
+        "credit does not pass an observation",
+    ),
+    Mutant(
+        "gae-without-lambda",
+        ADVANTAGE,
+        "delta_B + gamma * lam * advantage_B",
+        "delta_B + gamma * advantage_B",
+        "lambda is left out of GAE",
+    ),
+    Mutant(
+        "gae-without-gamma",
+        ADVANTAGE,
+        "rewards_BT[:, t] + gamma * value_B - values_BT[:, t]",
+        "rewards_BT[:, t] + value_B - values_BT[:, t]",
+        "the next value is not discounted",
+    ),
+    Mutant(
+        "returns-without-values",
+        ADVANTAGE,
+        "torch.where(action_mask_BT > 0, advantages_BT + values_BT, 0.0)",
+        "torch.where(action_mask_BT > 0, advantages_BT, 0.0)",
+        "the value function learns advantages",
+    ),
+    Mutant(
+        "biased-group-spread",
+        GROUPS,
+        '(count_G1 - 1 if scale == "std" else count_G1)',
+        "count_G1",
+        "GRPO's spread divides by n where it says n - 1",
+    ),
+    Mutant(
+        "leave-one-out-with-itself",
+        GROUPS,
+        "advantages_GK = deviation_GK * count_G1 / (count_G1 - 1).clamp(min=1)",
+        "advantages_GK = deviation_GK",
+        "RLOO's baseline includes the answer itself",
+    ),
+    Mutant(
+        "baseline-of-the-batch",
+        GROUPS,
+        "known_GK.sum(dim=1, keepdim=True) / count_G1.clamp(min=1)",
+        "known_GK.sum() / count_G1.sum().clamp(min=1)",
+        "all groups share one baseline",
+    ),
+    Mutant(
+        "failed-reward-counts-as-zero",
+        GROUPS,
+        "count_G1 = is_valid_GK.sum(dim=1, keepdim=True)",
+        "count_G1 = torch.full_like(is_valid_GK.sum(dim=1, keepdim=True), group_size)",
+        "a reward that could not be had lowers its group's mean",
+    ),
+    Mutant(
+        "advantage-of-rounding",
+        GROUPS,
+        "deviation_GK = torch.where(spread(scores_B, group_size)[:, None], deviation_GK, 0.0)",
+        "deviation_GK = deviation_GK + 0.0",
+        "rounding becomes an advantage where all scores of a group are equal",
+    ),
+    Mutant(
+        "limit-is-the-length",
+        GROUPS,
+        '"limit": is_used_B * limit',
+        '"limit": length_B',
+        "Dr. GRPO divides by an answer's own length",
+    ),
+    Mutant(
+        "overlong-rewarded",
+        GROUPS,
+        "return -((length_B - (limit - buffer)) / buffer)",
+        "return ((length_B - (limit - buffer)) / buffer)",
+        "answers that are too long are rewarded",
+    ),
+)
