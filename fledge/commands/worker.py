@@ -44,6 +44,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _end_with_parent() -> None:
     """Standard input ends when the process at its other end does, however it does."""
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not by sys.stdin, whose lock would be held when this process ends by itself
         pass
     os.kill(os.getpid(), signal.SIGTERM)
