@@ -22,8 +22,22 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="count rows that cannot be used instead of stopping")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank (default: all weights)")
     parser.add_argument("--lora-targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names")
+    parser.add_argument("--soft-prompt", type=int, metavar="TOKENS", help="train a soft prompt of this length (sft)")
+    parser.add_argument("--select-by", metavar="RUN[:STAGE]", help="keep the checkpoint this reward model likes (sft)")
+    parser.add_argument("--safety", type=Path, nargs="+", default=[], metavar="PATH", help="safety examples (sft)")
+    parser.add_argument("--members", type=int, metavar="K", help="train an ensemble of K models (reward)")
     parser.add_argument(
-        "--reward", action="append", default=[], metavar="RUN[:STAGE][=WEIGHT]", help="a reward model; may be repeated"
+        "--reward",
+        action="append",
+        default=[],
+        metavar="RUN[:STAGE][=WEIGHT]",
+        help="a reward model, or with commas between an ensemble; may be repeated",
+    )
+    parser.add_argument(
+        "--caution", type=float, default=1.0, metavar="K", help="ensembles: mean - K x spread (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--function", action="append", default=[], metavar="FILE:NAME[=WEIGHT]", help="a Python function as reward"
     )
     parser.add_argument(
         "--verifier", action="append", default=[], metavar="NAME[=WEIGHT]", help="a verifier; may be repeated"
@@ -72,6 +86,9 @@ def _order(args: argparse.Namespace) -> Any:
     if args.method is None or args.model is None:
         raise ConfigError("which method, which model? `fledge align dpo RUN:sft --data FILE`; --list shows methods")
     options = _json_object(args.verifier_options)
+    if args.members is not None and args.method != "reward":
+        raise ConfigError(f"--members belongs to reward, which trains an ensemble; leave it out of {args.method}")
+    members = () if args.members is None else (f"train.members={args.members}",)
     return AlignOrder(
         method=args.method,
         model=args.model,
@@ -83,10 +100,15 @@ def _order(args: argparse.Namespace) -> Any:
         lora_targets=None if args.lora_targets is None else tuple(args.lora_targets),
         rewards=[_weighed(text, "--reward") for text in args.reward],
         verifiers=[(*_weighed(text, "--verifier"), options) for text in args.verifier],
+        functions=[_weighed(text, "--function") for text in args.function],
+        caution=args.caution,
         judge=args.judge,
+        soft_prompt=args.soft_prompt,
+        select_by=args.select_by,
+        safety=args.safety,
         seed=args.seed,
         lr=args.lr,
-        overrides=tuple(args.overrides),
+        overrides=(*members, *args.overrides),
         name=args.name,
         runs=args.runs,
         tensorboard=args.tensorboard,

@@ -53,7 +53,8 @@ class Speaker:
         """The ids of the beginning of a document; `UserError` if there is nothing in it."""
         if not text:
             raise UserError("the text to continue is empty; give at least one character")
-        return (self.loaded.tokenizer.end_of_text_id, *self.loaded.tokenizer.encode(text))
+        tokenizer = self.loaded.tokenizer
+        return (*self.loaded.soft_ids, tokenizer.end_of_text_id, *tokenizer.encode(text))
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """One completion a prompt; the i-th draws with seed `params.seed + i`. `UserError` if the model is damaged."""
@@ -98,7 +99,7 @@ def _refuse_damaged(reason: str | None, position: int) -> None:
 def load_speaker(name: str, runs: Path) -> Speaker:
     """The model of `RUN`, `RUN:STAGE` or a checkpoint folder. `UserError` if there is none, or none that speaks."""
     directory = resolve_model(name, runs)
-    loaded = load_model(directory, device=default_device())
+    loaded = load_model(directory, device=default_device(), with_soft_prompt=True)
     if family(loaded.info.family).kind != "causal":
         raise RunError(f"{directory}: a {loaded.info.family} model gives no answers; name a stage that does")
     model: Any = loaded.model

@@ -122,12 +122,12 @@ def _length_correlations(rankings: Sequence[Ranking], scores: Sequence[Sequence[
     rewards = [np.asarray(row) for row in scores]
     centred = [[row - row.mean() for row in rows] for rows in (lengths, rewards)]
     return {
-        "length_correlation": _pearson(np.concatenate(lengths), np.concatenate(rewards)),
-        "length_correlation_within": _pearson(np.concatenate(centred[0]), np.concatenate(centred[1])),
+        "length_correlation": pearson(np.concatenate(lengths), np.concatenate(rewards)),
+        "length_correlation_within": pearson(np.concatenate(centred[0]), np.concatenate(centred[1])),
     }
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Correlation; 0 where one side does not vary."""
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))

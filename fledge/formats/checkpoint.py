@@ -30,8 +30,10 @@ from fledge.errors import CheckpointError
 from fledge.files import sha256_file, write_directory, write_json
 from fledge.formats.gguf_tensors import Blocks
 from fledge.formats.packed import pack, unpack
+from fledge.layers.soft_prompt import SoftPrompt
 from fledge.registry import load_family
 from fledge.text.chat import ChatRenderer, Renderer
+from fledge.text.prefixed import PrefixedRenderer
 from fledge.text.template import ImportedTemplate, TemplateRenderer
 from fledge.text.tokenizer import Tokenizer
 
@@ -43,7 +45,8 @@ class CheckpointInfo:
     """What a checkpoint says about itself. `parents` maps a role ("base", "reference", ...) to a checkpoint hash.
 
     `packed` maps the matrices that are stored block-quantised, as they were imported, to their format. `quantized` maps
-    the modules that are replaced by quantised ones (infer/quantize.py) to theirs.
+    the modules that are replaced by quantised ones (infer/quantize.py) to theirs. `soft_prompt` is how many learned
+    tokens stand before everything the model reads (layers/soft_prompt.py).
     """
 
     family: str
@@ -57,6 +60,7 @@ class CheckpointInfo:
     tied: dict[str, str] = field(default_factory=dict)
     packed: dict[str, str] = field(default_factory=dict)
     quantized: dict[str, str] = field(default_factory=dict)
+    soft_prompt: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     fledge_version: str = fledge.__version__
 
@@ -75,7 +79,13 @@ class LoadedModel:
     @property
     def template(self) -> ImportedTemplate | None:
         """The chat template it was imported with, None for fledge's own: what `save_model` wants to be told."""
-        return self.renderer.template if isinstance(self.renderer, TemplateRenderer) else None
+        renderer = self.renderer.inner if isinstance(self.renderer, PrefixedRenderer) else self.renderer
+        return renderer.template if isinstance(renderer, TemplateRenderer) else None
+
+    @property
+    def soft_ids(self) -> tuple[int, ...]:
+        """The ids of its soft prompt, which the renderer puts before every conversation; none without one."""
+        return self.model.soft_ids if isinstance(self.model, SoftPrompt) else ()
 
 
 def save_model(
@@ -132,12 +142,19 @@ def load_model(
     *,
     device: torch.device | None = None,
     prepare: Callable[[nn.Module, CheckpointInfo], None] | None = None,
+    with_soft_prompt: bool = False,
 ) -> LoadedModel:
     """Read a checkpoint, verifying every hash; `CheckpointError` names the file that is missing or altered.
 
     `prepare` changes the model before its weights are read; a quantised checkpoint needs that of infer/quantize.py.
+    A caller that puts `soft_ids` before what it asks says `with_soft_prompt`; any other is refused a model with one.
     """
     info, files = read_info(directory)
+    if info.soft_prompt and not with_soft_prompt:
+        raise CheckpointError(
+            f"{directory}: a model with a soft prompt of {info.soft_prompt} tokens, which chat, complete and compare "
+            "read; for anything else name the model it was made from, or train with --lora instead"
+        )
     for name, expected in files.items():
         _verify(directory / name, expected)
     config_class, model_class = load_family(info.family)
@@ -149,6 +166,8 @@ def load_model(
         raise CheckpointError(
             f"{directory}: quantised, which is for generating and measuring only; use the model it was made from"
         )
+    if info.soft_prompt:
+        model = SoftPrompt(model, range(info.soft_prompt))
     weights = load_file(directory / "model.safetensors")
     weights |= {name: kept.expand() for name, kept in _blocks(info, weights).items()}
     for parts in info.packed:
@@ -164,6 +183,8 @@ def load_model(
     if renderer.hash != info.template_hash:
         raise CheckpointError(f"{directory}: made with another chat template; use the fledge that wrote it")
     model.eval()
+    if isinstance(model, SoftPrompt):
+        renderer = PrefixedRenderer(renderer, model.soft_ids)
     hashed = files["model.safetensors"]
     return LoadedModel(model.to(device or torch.device("cpu")), tokenizer, renderer, info, hashed, directory)
 

@@ -99,9 +99,9 @@ def save_quantized(directory: Path, source: LoadedModel, target: Format, skip: S
     return checkpoint.save_model(directory, source.model, source.tokenizer, info, source.template)
 
 
-def load_model(directory: Path, *, device: torch.device | None = None) -> LoadedModel:
+def load_model(directory: Path, *, device: torch.device | None = None, with_soft_prompt: bool = False) -> LoadedModel:
     """`formats.checkpoint.load_model` for checkpoints with and without quantised layers."""
-    return checkpoint.load_model(directory, device=device, prepare=prepare)
+    return checkpoint.load_model(directory, device=device, prepare=prepare, with_soft_prompt=with_soft_prompt)
 
 
 def prepare(model: nn.Module, info: CheckpointInfo) -> None:

@@ -1,6 +1,6 @@
 """Aligning a model: from what the user ordered to a finished run folder. What `fledge align` calls.
 
-    data -> (reference | samples) -> METHOD -> outcome
+    data -> (reference | samples) -> METHOD -> outcome (-> health, of a reward model)
 
 Each method is a row of `METHODS`: what it is and which stages make it. The folder is that of every run (runs.py): a
 frozen plan, a manifest a stage, a state to go on from, metrics, samples, a card; the result is the stage METHOD.
@@ -9,7 +9,7 @@ frozen plan, a manifest a stage, a state to go on from, metrics, samples, a card
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,19 @@ from fledge.files import sha256_file
 from fledge.formats.checkpoint import LoadedModel
 from fledge.recipes.align_data import data_stage
 from fledge.recipes.align_demonstrations import reward_stage, sft_stage
-from fledge.recipes.align_models import Context, context_of, load_scorer, load_start
+from fledge.recipes.align_health import health_stage
+from fledge.recipes.align_models import Context, context_of, load_scorer, load_start, own_stages
 from fledge.recipes.align_offline import kto_stage, preference_stage, reference_stage
 from fledge.recipes.align_outcome import outcome_stage
-from fledge.recipes.align_plan import (
-    AlignPlan,
-    DataPlan,
-    JudgePlan,
-    LoraPlan,
-    OutcomePlan,
-    RewardPart,
-    Scope,
-    StartPlan,
-    settings_of,
-    with_lr,
-)
+from fledge.recipes.align_plan import AlignPlan, DataPlan, JudgePlan, LoraPlan, OutcomePlan, SelectPlan, StartPlan
+from fledge.recipes.align_rewards import DEFAULT_CAUTION, RewardOrder, reward_parts
 from fledge.recipes.align_rl import rl_stage
 from fledge.recipes.align_sampling import best_of_n_stage, feedme_stage, samples_stage
+from fledge.recipes.align_settings import SAFETY_SHARE, Scope, settings_of, with_lr
 from fledge.recipes.card_page import write_card
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
 from fledge.recipes.runs import locked, open_run
-from fledge.rl.judge import Verifier
 from fledge.train.device import default_device, raise_malloc_thresholds
 from fledge.train.metrics import TensorBoard
 
@@ -87,10 +78,12 @@ def method_named(name: str) -> Method:
 
 @dataclass(frozen=True)
 class AlignOrder:
-    """What the user asked for. `rewards`: (name of a reward model's run, weight); `verifiers`: (name, weight, options).
+    """What the user asked for. `rewards`: (name of a reward model's run, weight), several names with commas between an
+    ensemble of that `caution`; `verifiers`: (name, weight, options); `functions`: (FILE.py:NAME, weight).
 
-    `lora` is the rank of an adapter, None trains all weights. `judge` names a reward model that is never trained
-    against.
+    `lora` is the rank of an adapter, `soft_prompt` the length of a soft prompt; without either all weights train.
+    `judge` names a reward model that is never trained against, `select_by` one that chooses among the checkpoints of
+    sft. `safety` are files of safety demonstrations.
     """
 
     method: str
@@ -103,7 +96,12 @@ class AlignOrder:
     lora_targets: tuple[str, ...] | None = None
     rewards: Sequence[tuple[str, float]] = ()
     verifiers: Sequence[tuple[str, float, Mapping[str, Any]]] = ()
+    functions: Sequence[tuple[str, float]] = ()
+    caution: float = DEFAULT_CAUTION
     judge: str | None = None
+    soft_prompt: int | None = None
+    select_by: str | None = None
+    safety: Sequence[Path] = ()
     seed: int = 0
     lr: float | None = None
     overrides: Sequence[str] = ()
@@ -118,10 +116,13 @@ def plan_of(order: AlignOrder) -> AlignPlan:
     _refuse_contradictions(order, method)
     start = load_start(order.model, order.runs)
     any_model: Any = start.model
-    scope = Scope(any_model.config.width, context_of(start), order.lora is not None, order.seed)
+    is_adapter, is_soft = order.lora is not None, order.soft_prompt is not None
+    scope = Scope(any_model.config.width, context_of(start), is_adapter, order.seed, is_soft)
     settings = settings_of(method.name, scope)
     if order.lr is not None:
         settings = with_lr(settings, order.lr)
+    if order.safety:
+        settings = replace(settings, safety_share=SAFETY_SHARE)
     lora = None if order.lora is None else LoraPlan(order.lora, 2.0 * order.lora, order.lora_targets)
     plan = AlignPlan(
         method=method.name,
@@ -130,8 +131,12 @@ def plan_of(order: AlignOrder) -> AlignPlan:
         data=_data_plan(order),
         lora=lora,
         train=settings,
-        rewards=_reward_parts(order, start),
+        rewards=reward_parts(
+            RewardOrder(order.rewards, order.verifiers, order.functions, order.caution), order.runs, start
+        ),
         judge=_judge_plan(order, start),
+        soft_prompt=order.soft_prompt,
+        select=_select_plan(order, start),
         outcome=OutcomePlan(max_tokens=scope.lengths[1]),
     )
     return override(plan, order.overrides)
@@ -171,18 +176,26 @@ def stages_of(plan: AlignPlan) -> tuple[Stage[AlignPlan], ...]:
     method = method_named(plan.method)
     names = ("data", *(name for name, _ in method.before))
     before = [Stage(name, names[: place + 1], work) for place, (name, work) in enumerate(method.before)]
-    own = Stage(method.name, names, method.work)
-    return (Stage("data", (), data_stage), *before, own, Stage("outcome", (*names, method.name), outcome_stage))
+    own = [Stage(name, names, method.work) for name in own_stages(plan)]
+    last = [Stage("outcome", (*names, *own_stages(plan)), outcome_stage)]
+    if method.name == "reward":
+        last.append(Stage("health", ("data", *own_stages(plan)), health_stage))
+    return (Stage("data", (), data_stage), *before, *own, *last)
 
 
 def _refuse_contradictions(order: AlignOrder, method: Method) -> None:
-    has_reward = bool(order.rewards or order.verifiers)
+    has_reward = bool(order.rewards or order.verifiers or order.functions)
     if method.is_rewarded and not has_reward:
-        raise ConfigError(f"{method.name} needs a reward: name --reward RUN:reward, or --verifier NAME")
+        raise ConfigError(
+            f"{method.name} needs a reward: --reward RUN:reward, --function FILE.py:NAME, --verifier NAME"
+        )
     if not method.is_rewarded and has_reward:
-        raise ConfigError(f"{method.name} learns without rewards; leave out --reward and --verifier")
+        raise ConfigError(f"{method.name} learns without rewards; leave out --reward, --function and --verifier")
+    _refuse_what_only_sft_can(order, method)
     if order.lora_targets is not None and order.lora is None:
         raise ConfigError("--lora-targets says where an adapter goes; give its rank with --lora")
+    if not 0 <= order.caution < float("inf"):
+        raise ConfigError(f"--caution {order.caution}: expected 0 or more spreads to take off an ensemble's mean")
     if order.judge is not None and order.judge in {name for name, _ in order.rewards}:
         raise ConfigError(f"--judge {order.judge} is trained against; a gold judge must be another model (C58)")
     if order.lr is not None and not 0 < order.lr < float("inf"):
@@ -191,8 +204,19 @@ def _refuse_contradictions(order: AlignOrder, method: Method) -> None:
         raise ConfigError("nothing to learn from; name a file with --data")
 
 
+def _refuse_what_only_sft_can(order: AlignOrder, method: Method) -> None:
+    only = {"--soft-prompt": order.soft_prompt, "--select-by": order.select_by, "--safety": order.safety or None}
+    given = [option for option, value in only.items() if value is not None]
+    if given and method.name != "sft":
+        raise ConfigError(f"{given[0]} belongs to sft, which learns from demonstrations; leave it out of {method.name}")
+    if order.soft_prompt is not None and order.lora is not None:
+        raise ConfigError("--lora trains an adapter, --soft-prompt a few vectors before the input; choose one of them")
+    if order.soft_prompt is not None and order.soft_prompt < 1:
+        raise ConfigError(f"--soft-prompt {order.soft_prompt}: expected 1 token or more; 20 is customary")
+
+
 def _data_plan(order: AlignOrder) -> DataPlan:
-    files = [*order.data, *([order.held_out] if order.held_out is not None else [])]
+    files = [*order.data, *order.safety, *([order.held_out] if order.held_out is not None else [])]
     for file in files:
         if not file.exists():
             raise DataError(f"--data {file}: there is no such file; check the path")
@@ -202,6 +226,7 @@ def _data_plan(order: AlignOrder) -> DataPlan:
         hash=config_hash(hashes),
         format=order.format,
         held_out=None if order.held_out is None else str(order.held_out.expanduser().resolve()),
+        safety=tuple(str(path.expanduser().resolve()) for path in order.safety),
         skip_bad=order.skip_bad,
     )
 
@@ -210,21 +235,17 @@ def _files_of(path: Path) -> list[Path]:
     return sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
 
 
-def _reward_parts(order: AlignOrder, start: LoadedModel) -> tuple[RewardPart, ...]:
-    models = [
-        RewardPart("model", name, weight, load_scorer(name, order.runs, start).hash) for name, weight in order.rewards
-    ]
-    verifiers = []
-    for name, weight, told in order.verifiers:
-        _ = Verifier(name, told)  # refuses an unknown name
-        verifiers.append(RewardPart("verifier", name, weight, None, dict(told)))
-    return (*models, *verifiers)
-
-
 def _judge_plan(order: AlignOrder, start: LoadedModel) -> JudgePlan | None:
     if order.judge is None:
         return None
     judge = load_scorer(order.judge, order.runs, start)
-    if judge.hash in {part.hash for part in _reward_parts(order, start)}:
+    parts = reward_parts(RewardOrder(order.rewards), order.runs, start)
+    if judge.hash in {member.hash for part in parts for member in part.models}:
         raise ConfigError(f"--judge {order.judge} has the weights of a reward; a gold judge must be another (C58)")
     return JudgePlan(order.judge, judge.hash)
+
+
+def _select_plan(order: AlignOrder, start: LoadedModel) -> SelectPlan | None:
+    if order.select_by is None:
+        return None
+    return SelectPlan(order.select_by, load_scorer(order.select_by, order.runs, start).hash)

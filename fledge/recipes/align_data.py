@@ -32,6 +32,7 @@ from fledge.recipes.align_models import Context, start_of
 from fledge.recipes.align_plan import AlignPlan, DataPlan
 from fledge.recipes.report import Fact, Licence, Table
 from fledge.text.chat import Renderer, normalise
+from fledge.text.prefixed import PrefixedRenderer
 from fledge.types import (
     ChatExample,
     Conversation,
@@ -48,6 +49,7 @@ from fledge.types import (
 Ids = tuple[int, ...]
 Verdict = tuple[Ids, Ids, bool]
 TRAIN, HELD_OUT = "train", "held_out"
+SAFETY_TRAIN, SAFETY_HELD_OUT = "safety_train", "safety_held_out"
 _KINDS = {
     kind.__name__: kind
     for kind in (
@@ -249,9 +251,20 @@ def data_stage(context: Context) -> None:
                 f"(prompts are split by their hash, {plan.held_out_share:.0%} held out); bring more, raise "
                 "data.held_out_share, or give --held-out"
             )
-        lines = (json.dumps({"kind": type(e).__name__, "example": to_json(e)}, ensure_ascii=False) for e in side)
-        write_text(context.path / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-    _report(context, sides, drops)
+        _write_side(context, name, side)
+    demonstrations = [example for path in plan.safety for example in _usable(Path(path), context, cut, drops)]
+    if plan.held_out is not None:
+        require_disjoint(demonstrations, sides.validation, names=("--safety", "--held-out"))
+    # The split follows from the prompt alone, so a prompt that is held out there is held out here.
+    apart = split_by_prompt(demonstrations, share=plan.held_out_share)
+    _write_side(context, SAFETY_TRAIN, apart.train)
+    _write_side(context, SAFETY_HELD_OUT, apart.validation)
+    _report(context, sides, apart, drops)
+
+
+def _write_side(context: Context, name: str, side: Sequence[FeedbackExample]) -> None:
+    lines = (json.dumps({"kind": type(e).__name__, "example": to_json(e)}, ensure_ascii=False) for e in side)
+    write_text(context.path / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
 
 def mixes_texts(plan: AlignPlan) -> bool:
@@ -264,7 +277,9 @@ def cut_of(context: Context, renderer: Renderer) -> Cut:
     settings = context.plan.train
     prompt, answer = getattr(settings, "prompt_length", None), getattr(settings, "response_length", None)
     longest = prompt + answer if prompt is not None and answer is not None else settings.fit.max_length
-    return Cut(renderer, longest, prompt, answer)
+    # A soft prompt takes its room from every row; a renderer that puts it in front counts it itself.
+    taken = 0 if isinstance(renderer, PrefixedRenderer) else context.plan.soft_prompt or 0
+    return Cut(renderer, longest - taken, prompt, answer)
 
 
 def examples_of(context: Context, side: str) -> list[FeedbackExample]:
@@ -330,12 +345,14 @@ def _place(path: Path, example: FeedbackExample) -> str:
     return f"{path}, {'line' if path.name.lower().endswith(LINE_SUFFIXES) else 'row'} {number}"
 
 
-def _report(context: Context, sides: Sides[FeedbackExample], drops: Drops) -> None:
-    everything = (*sides.train, *sides.validation)
+def _report(context: Context, sides: Sides[FeedbackExample], safety: Sides[FeedbackExample], drops: Drops) -> None:
+    everything = (*sides.train, *sides.validation, *safety.train, *safety.validation)
     sources = Counter((e.provenance.source, e.provenance.licence) for e in everything)
     skipped = [(reason, count, drops.first[reason]) for reason, count in drops.counts.most_common()]
     note = "A prompt's side follows from a hash of how it begins: no answer to a training prompt is held out."
     split = [(TRAIN, len(sides.train)), ("held out", len(sides.validation))]
+    if context.plan.data.safety:
+        split += [("safety, train", len(safety.train)), ("safety, held out", len(safety.validation))]
     context.report = replace(
         context.report,
         headline=Fact("rows", len(everything)),

@@ -19,8 +19,10 @@ from fledge.errors import CheckpointError, RunError, TrainingHalted
 from fledge.formats.checkpoint import CheckpointInfo, LoadedModel, load_model, save_model
 from fledge.formats.peft import save_adapter
 from fledge.layers.lora import add_lora, merge_lora, remove_lora, take_adapter
+from fledge.layers.soft_prompt import SoftPrompt
 from fledge.models.scalar import ScalarModel, freeze
 from fledge.recipes.align_plan import AlignPlan
+from fledge.recipes.align_settings import RewardSettings
 from fledge.recipes.measure import read_plan, run_of
 from fledge.recipes.ring import StageContext
 from fledge.recipes.runs import resolve_model
@@ -83,6 +85,12 @@ def load_scorer(name: str, runs: Path, start: LoadedModel, device: torch.device 
     return loaded
 
 
+def own_stages(plan: AlignPlan) -> tuple[str, ...]:
+    """The stages of the method itself: one, or one a member of an ensemble of reward models."""
+    members = plan.train.members if isinstance(plan.train, RewardSettings) else 1
+    return tuple(plan.method if number == 1 else f"{plan.method}-{number}" for number in range(1, members + 1))
+
+
 def scalar(loaded: LoadedModel) -> ScalarModel:
     assert isinstance(loaded.model, ScalarModel)
     return loaded.model
@@ -116,6 +124,7 @@ def save_aligned(
         template_hash=start.info.template_hash,
         parents=parents,
         seed=context.plan.seed,
+        soft_prompt=len(model.soft_ids) if isinstance(model, SoftPrompt) else 0,
         notes={"method": context.plan.method},
     )
     return save_model(context.path / name, model, start.tokenizer, info, start.template)

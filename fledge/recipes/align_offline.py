@@ -18,7 +18,7 @@ from fledge.objectives.kto import VerdictIds, balanced_weights, mismatch
 from fledge.objectives.preference import PreferenceIds
 from fledge.recipes.align_data import HELD_OUT, TRAIN, Verdict, cut_of, read_lines, tokens_of
 from fledge.recipes.align_models import Context, save_aligned, save_checkpoint, start_of, trainable_model
-from fledge.recipes.align_plan import FitSettings
+from fledge.recipes.align_settings import FitSettings
 from fledge.recipes.report import Fact
 from fledge.recipes.training import Course, chosen, train
 from fledge.train.device import precision
@@ -92,9 +92,15 @@ def kto_stage(context: Context) -> None:
 
 
 def fit_and_save(
-    context: Context, model: Any, start: LoadedModel, course: Course, measure: Callable[[], Metrics] | None = None
+    context: Context,
+    model: Any,
+    start: LoadedModel,
+    course: Course,
+    measure: Callable[[], Metrics] | None = None,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train, save, and say how it went. Wherever a model is left behind, `measure` adds to the step's metrics."""
+    """Train, let `finish` have its say in the weights, save, and say how it went. Wherever a model is left behind,
+    `measure` adds to the step's metrics."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     marks = context.plan.marks(course.fit.steps)
@@ -106,6 +112,7 @@ def fit_and_save(
             save_checkpoint(context, model, start, state.step)
 
     train(context, model, replace(course, callbacks=(*course.callbacks, (1, leave_behind))))
+    finish()
     save_aligned(context, model, start, {"start": start.hash})
     facts = (Fact("parameters trained", trained), Fact("steps", course.fit.steps))
     context.report = replace(context.report, parameters=parameters, facts=(*context.report.facts, *facts))

@@ -19,10 +19,22 @@ from fledge.evals import reward_accuracy, win_rate
 from fledge.evals.bootstrap import bootstrap_mean
 from fledge.formats.checkpoint import LoadedModel, load_model
 from fledge.objectives.next_token import NextToken
-from fledge.recipes.align_data import HELD_OUT, Asking, Cut, answer_ids, askings_of, cut_of, examples_of, tokens_of
-from fledge.recipes.align_models import Context, load_scorer, refuse_other_weights, scalar, start_of
+from fledge.recipes.align_data import (
+    HELD_OUT,
+    SAFETY_HELD_OUT,
+    Asking,
+    Cut,
+    answer_ids,
+    askings_of,
+    cut_of,
+    examples_of,
+    pieces,
+)
+from fledge.recipes.align_models import Context, scalar, start_of
 from fledge.recipes.align_offline import known_pairs, known_verdicts, row_logprobs, rows_of
-from fledge.recipes.align_plan import FitSettings
+from fledge.recipes.align_plan import RewardPart
+from fledge.recipes.align_rewards import part_scores
+from fledge.recipes.align_settings import FitSettings
 from fledge.recipes.answers import Asked, chat_answers, score_answers
 from fledge.recipes.report import Answer, Cell, Fact, Interval, Sample, Table
 from fledge.recipes.stage_reward import accuracy_table
@@ -48,7 +60,8 @@ class Spoken:
 def outcome_stage(context: Context) -> None:
     """Held-out figures of the method, answers before and after, KL between them, and the judges' win rates."""
     start = start_of(context)
-    result = load_model(context.run / context.plan.method / "model", device=context.device)
+    directory = context.run / context.plan.method / "model"
+    result = load_model(directory, device=context.device, with_soft_prompt=True)
     if context.plan.method == "reward":
         _report_reward(context, start, result)
         return
@@ -80,12 +93,28 @@ def _held_out_facts(context: Context, start: LoadedModel, result: LoadedModel) -
         return _verdict_facts(context, start, result)
     if context.plan.method == "sft":
         fit: FitSettings = context.plan.train.fit
-        losses = [_held_out_loss(context, model, cut_of(context, start.renderer), fit) for model in (start, result)]
         return [
-            Fact("held-out answers, after", losses[1], "nats a token"),
-            Fact("held-out answers, before", losses[0], "nats a token"),
+            *_loss_facts(context, (start, result), HELD_OUT, "answers", fit),
+            *_loss_facts(context, (start, result), SAFETY_HELD_OUT, "safety demonstrations", fit),
         ]
     return []
+
+
+def _loss_facts(
+    context: Context, models: tuple[LoadedModel, LoadedModel], side: str, what: str, fit: FitSettings
+) -> list[Fact]:
+    """Nats a learned token of a held-out side, after and before; nothing where the side is empty."""
+    losses = []
+    for loaded in models:
+        cut = Cut(loaded.renderer, fit.max_length)
+        found = [piece for example in examples_of(context, side) for piece in pieces(example, cut)]
+        if not found:
+            return []
+        losses.append(next_token_loss(loaded, PackedRows(PieceList(found), fit.max_length, context.plan.seed), fit))
+    return [
+        Fact(f"held-out {what}, after", losses[1], "nats a token"),
+        Fact(f"held-out {what}, before", losses[0], "nats a token"),
+    ]
 
 
 def _pair_facts(context: Context, start: LoadedModel, result: LoadedModel) -> list[Fact]:
@@ -130,12 +159,6 @@ def _verdict_facts(context: Context, start: LoadedModel, result: LoadedModel) ->
     ]
 
 
-def _held_out_loss(context: Context, model: LoadedModel, cut: Cut, fit: FitSettings) -> float:
-    """Nats a learned token over all held-out conversations."""
-    rows = PackedRows(PieceList(tokens_of(context, HELD_OUT, cut)), fit.max_length, context.plan.seed)
-    return next_token_loss(model, rows, fit)
-
-
 def next_token_loss(loaded: LoadedModel, rows: PackedRows, fit: FitSettings) -> float:
     """Nats a target over all rows of an epoch."""
     objective = NextToken(fit.max_length, loaded.tokenizer.pad_id)
@@ -170,9 +193,10 @@ def _speech_facts(
     """The distance travelled, and whether answers end."""
     start, result = models
     rows = [(asking.ids, said.ids) for asking, said in zip(asked, after.completions, strict=True)]
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows) + len(result.soft_ids)
     fit = FitSettings(lr=1.0, max_length=longest, forward_rows=getattr(context.plan.train, "forward_rows", 8))
-    gaps = np.array(row_logprobs(result, rows, fit)) - np.array(row_logprobs(start, rows, fit))
+    behind = [((*result.soft_ids, *prompt), answer) for prompt, answer in rows]
+    gaps = np.array(row_logprobs(result, behind, fit)) - np.array(row_logprobs(start, rows, fit))
     ended = sum(said.finish_reason == "stop" for said in after.completions)
     return [
         Fact("KL to the start", float(gaps.mean()), "nats an answer"),
@@ -185,25 +209,20 @@ def _win_tables(
     context: Context, start: LoadedModel, asked: Sequence[Asking], spoken: tuple[Spoken, Spoken]
 ) -> list[Table]:
     """How often each judge of the plan prefers the answer of afterwards; rewards that were trained on say so."""
-    judges = [(part.name, part.hash, "trained on") for part in context.plan.rewards if part.hash is not None]
-    if context.plan.judge is not None:
-        judges.append((context.plan.judge.name, context.plan.judge.hash, "never trained on"))
+    judges = [(part, "trained on") for part in context.plan.rewards if part.kind == "model"]
+    for other, standing in ((context.plan.judge, "never trained on"), (context.plan.select, "chose the checkpoint")):
+        if other is not None:
+            judges.append((RewardPart("model", other.name, hash=other.hash), standing))
     lines: list[tuple[Cell, ...]] = []
-    for name, hashed, standing in judges:
-        judge = load_scorer(name, context.run.parent, start, context.device)
-        refuse_other_weights(judge, hashed or judge.hash)
-        scores = [
-            score_answers(
-                scalar(judge),
-                [(asking.ids, said.ids) for asking, said in zip(asked, one.completions, strict=True)],
-                start.tokenizer.pad_id,
-            ).tolist()
-            for one in spoken
+    for part, standing in judges:
+        answers = [
+            [(asking.ids, said.ids) for asking, said in zip(asked, one.completions, strict=True)] for one in spoken
         ]
+        scores = [part_scores(context, part, start, some).tolist() for some in answers]
         found = win_rate.evaluate_scores((scores[1], scores[0]), spoken[1].texts, spoken[0].texts, seed=0)
         rate = Interval(found["win_rate"], found["win_rate_low"], found["win_rate_high"], 0.5)
         controlled = found["win_rate_length_controlled"]
-        lines.append((name, standing, rate, controlled, found["score_difference"]))
+        lines.append((part.name, standing, rate, controlled, found["score_difference"]))
     columns = ("judge", "standing", "wins %", "length-controlled %", "score gained")
     return [Table.of("Answers of afterwards against those of before", columns, lines)] if lines else []
 
@@ -229,7 +248,7 @@ def _samples(context: Context, asked: Sequence[Asking], spoken: tuple[Spoken, Sp
 def _report_reward(context: Context, start: LoadedModel, result: LoadedModel) -> None:
     """Held-out pair accuracy by source and length, calibration, and what the score follows (C18)."""
     cut = cut_of(context, start.renderer)
-    held_out = [_as_ranking(example) for example in examples_of(context, HELD_OUT)]
+    held_out = [as_ranking(example) for example in examples_of(context, HELD_OUT)]
 
     def score(some: Sequence[Ranking]) -> list[list[float]]:
         answers = [
@@ -253,7 +272,7 @@ def _report_reward(context: Context, start: LoadedModel, result: LoadedModel) ->
     )
 
 
-def _as_ranking(example: FeedbackExample) -> Ranking:
+def as_ranking(example: FeedbackExample) -> Ranking:
     """A pair is a ranking of two; one that a soft label prefers the second of is turned round."""
     if isinstance(example, Ranking):
         return example
@@ -267,4 +286,5 @@ def _as_ranking(example: FeedbackExample) -> Ranking:
         ("chosen", "rejected"),
         example.provenance,
         example.judgement,
+        shown={"chosen": (1, 2), "rejected": (2, 1), None: None}[example.shown_first],
     )

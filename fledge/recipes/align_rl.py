@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +34,9 @@ from fledge.recipes.align_data import (
     examples_of,
     mixes_texts,
     pieces,
+    read_lines,
 )
+from fledge.recipes.align_gold import LOOKS, GoldWatch, Look, Scene, gold_report, look_at
 from fledge.recipes.align_models import (
     FROZEN_ROLES,
     Context,
@@ -49,24 +50,23 @@ from fledge.recipes.align_models import (
     trainable_model,
     weights_digest,
 )
-from fledge.recipes.align_plan import RewardPart
-from fledge.recipes.answers import Asked, chat_answers, score_answers
-from fledge.recipes.report import Curve, Fact, Series
+from fledge.recipes.align_rewards import reward_sum
+from fledge.recipes.episodes import episode_lines
+from fledge.recipes.episodes_page import EPISODES
+from fledge.recipes.report import Fact
 from fledge.recipes.training import Keeper, record_step
 from fledge.rl.actors import Actors, PolicyPair
 from fledge.rl.ema import Ema
 from fledge.rl.grpo import GRPO, GRPOConfig
-from fledge.rl.judge import Judge, Verifier
+from fledge.rl.judge import Judge
 from fledge.rl.ppo import PPO, PPOConfig
-from fledge.rl.rewards import Failure, Part, Records, RewardSum, VerifierReward
-from fledge.rl.rollout import RewardModelScorer
+from fledge.rl.rewards import RewardSum
+from fledge.rl.rollout import EpisodeShape
 from fledge.rl.sampler import EngineSampler
-from fledge.rl.saving import load_trainable, trainable
+from fledge.rl.saving import load_trainable
 from fledge.rl.world import PretrainMix, Round, World
 from fledge.train.metrics import JsonLines
 from fledge.types import Metrics, TextExample
-
-EPISODES_SHOWN = 2  # of every round, token by token
 
 
 class Algorithm(Protocol):
@@ -74,6 +74,8 @@ class Algorithm(Protocol):
 
     config: Any
     actors: Any
+    world: World
+    shape: EpisodeShape
     ema: Ema
     round_number: int
 
@@ -84,30 +86,16 @@ class Algorithm(Protocol):
 
 
 @dataclass
-class GoldWatch:
-    """What a judge that is never trained against says of the policy, and whether it is time to stop.
+class Sitting:
+    """What the rounds of one sitting share."""
 
-    `best` holds the weights of the highest gold score so far.
-    """
-
-    judge: ScalarModel
-    asked: Sequence[Asking]
-    every: int
-    falls: int
-    scores: list[float] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
-
-    def look(self, score: float, policy: nn.Module) -> None:
-        """Take in one more gold score of the policy as it is."""
-        if not self.scores or score > max(self.scores):
-            self.best = {name: tensor.clone() for name, tensor in trainable(policy).items()}
-        self.scores.append(score)
-
-    @property
-    def is_over(self) -> bool:
-        """The last `falls` looks were each below the one before."""
-        last = self.scores[-self.falls - 1 :]
-        return len(last) > self.falls and all(later < earlier for earlier, later in pairwise(last))
+    context: Context
+    algorithm: Algorithm
+    start: LoadedModel
+    watch: GoldWatch | None
+    scene: Scene
+    episodes: JsonLines
+    looks: JsonLines
 
 
 def rl_stage(context: Context) -> None:
@@ -128,34 +116,55 @@ def rl_stage(context: Context) -> None:
 
 
 def _rounds(context: Context, algorithm: Algorithm, watch: GoldWatch | None, start: LoadedModel) -> None:
-    keeper, rounds = Keeper(context), algorithm.config.rounds
-    log = JsonLines(context.run / "metrics.jsonl", algorithm.round_number, stage=context.name)
-    episodes = JsonLines(context.path / "episodes.jsonl", algorithm.round_number, stage=context.name)
+    keeper, rounds, done = Keeper(context), algorithm.config.rounds, algorithm.round_number
+    log, episodes, looks = (
+        JsonLines(path, done, stage=context.name)
+        for path in (context.run / "metrics.jsonl", context.path / EPISODES, context.path / LOOKS)
+    )
+    reference = replace(start, model=algorithm.actors.reference)
+    rewards = algorithm.world.scorer
+    assert isinstance(rewards, RewardSum)
+    scene = Scene(reference, rewards, algorithm.shape, context.plan.seed)
+    sitting = Sitting(context, algorithm, start, watch, scene, episodes, looks)
     try:
         with context.interrupts.deferred():
+            if watch is not None and not read_lines(context.path / LOOKS):
+                _look(sitting, watch)  # where it starts from; no candidate, and no fall can begin here
             while algorithm.round_number < rounds and not (watch is not None and watch.is_over):
-                metrics = _one_round(context, algorithm, watch, start, episodes)
+                metrics = _one_round(sitting)
                 record_step(context, log, algorithm.round_number, rounds, metrics)
                 keeper.after_step(algorithm.round_number, rounds, lambda: _state(algorithm, watch))
     finally:
-        log.close()
-        episodes.close()
+        for lines in (log, episodes, looks):
+            lines.close()
 
 
-def _one_round(
-    context: Context, algorithm: Algorithm, watch: GoldWatch | None, start: LoadedModel, episodes: JsonLines
-) -> Metrics:
-    """A round, what the gold judge says of it, and its lines in the table of episodes."""
+def _one_round(sitting: Sitting) -> Metrics:
+    """A round, the model it may leave behind, what the gold judge says, and its lines in the table of episodes."""
+    context, algorithm, watch = sitting.context, sitting.algorithm, sitting.watch
     began = time.perf_counter()
     done = algorithm.round()
-    if algorithm.round_number in context.plan.marks(algorithm.config.rounds):
-        save_checkpoint(context, algorithm.actors.policy, start, algorithm.round_number)
-    metrics = {**done.metrics, **_gold(context, algorithm, watch, start)}
+    number, rounds = algorithm.round_number, algorithm.config.rounds
+    if number in context.plan.marks(rounds):
+        save_checkpoint(context, algorithm.actors.policy, sitting.start, number)
+    metrics = dict(done.metrics)
+    if watch is not None and (number % watch.every == 0 or number == rounds):
+        look = _look(sitting, watch)
+        watch.look(look.gold, algorithm.actors.policy)
+        metrics["gold_score"], metrics["gold_kl"] = look.gold, look.kl
+        if look.proxy is not None:
+            metrics["gold_proxy_score"] = look.proxy
     tokens = int(done.rollout.action_mask_BT.sum())
     context.add_cost(tokens=tokens, busy_seconds=time.perf_counter() - began)
-    for line in episode_lines(done, start):
-        episodes.write({"stage": context.name, "step": algorithm.round_number, **line})
+    for line in episode_lines(done, sitting.start.tokenizer, context.plan.episodes_kept):
+        sitting.episodes.write({"stage": context.name, "step": number, **line})
     return metrics
+
+
+def _look(sitting: Sitting, watch: GoldWatch) -> Look:
+    look = look_at(sitting.algorithm.actors.policy, watch, sitting.scene)
+    sitting.looks.write({"stage": sitting.context.name, "step": sitting.algorithm.round_number, **vars(look)})
+    return look
 
 
 def world_of(context: Context, start: LoadedModel, judge: Judge) -> World:
@@ -164,23 +173,10 @@ def world_of(context: Context, start: LoadedModel, judge: Judge) -> World:
     asked: list[Asking] = askings_of(context, TRAIN, cut)
     if not asked:
         raise DataError("no prompt to answer: the data hold none that fits train.prompt_length")
-    stop_ids = frozenset((renderer.end_id,))  # a base model's end of text is no end of an answer
-    prompts = [asking.ids for asking in asked]
-
-    def record(failure: Failure) -> None:
-        with (context.path / "failed_rewards.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(vars(failure), ensure_ascii=False) + "\n")
-
-    scorer = RewardSum(
-        parts=[_part(context, part, start, judge) for part in context.plan.rewards],
-        records=Records.of(prompts, [asking.record for asking in asked]),
-        decode=start.tokenizer.decode,
-        stop_ids=stop_ids,
-        max_failed=context.plan.max_failed_rewards,
-        on_failure=record,
-    )
+    scorer = reward_sum(context, start, judge, asked)
+    stop_ids = scorer.stop_ids
     return World(
-        prompts=prompts,
+        prompts=[asking.ids for asking in asked],
         pad_id=start.tokenizer.pad_id,
         stop_ids=stop_ids,
         end_id=renderer.end_id,
@@ -213,15 +209,6 @@ def _pretrain_mix(context: Context, start: LoadedModel) -> PretrainMix:
     return PretrainMix(objective, rows_of)
 
 
-def _part(context: Context, part: RewardPart, start: LoadedModel, judge: Judge) -> Part:
-    if part.kind == "verifier":
-        return Part.text(part.name, VerifierReward(Verifier(part.name, part.options), judge), part.weight)
-    loaded = load_scorer(part.name, context.run.parent, start, context.device)
-    refuse_other_weights(loaded, part.hash or loaded.hash)
-    rows = getattr(context.plan.train, "forward_rows", 64)
-    return Part.model(part.name, RewardModelScorer(scalar(loaded), rows), part.weight)
-
-
 def _algorithm(context: Context, start: LoadedModel, policy: Any, world: World) -> Algorithm:
     config = context.plan.train
     if isinstance(config, GRPOConfig):
@@ -235,7 +222,7 @@ def _algorithm(context: Context, start: LoadedModel, policy: Any, world: World) 
 def _value_model(context: Context, start: LoadedModel, policy: nn.Module) -> ScalarModel:
     """The value function begins as the first reward model, head included (C41); without one as the start's trunk with
     a head of zeros, which predicts 0 everywhere. It trains as the policy does: whole, or by an adapter."""
-    models = [part for part in context.plan.rewards if part.kind == "model"]
+    models = [member for part in context.plan.rewards for member in part.models]
     if models:
         value = scalar(load_scorer(models[0].name, context.run.parent, start, context.device))
         trunk: Any = value.trunk
@@ -269,20 +256,6 @@ def _watch(context: Context, start: LoadedModel) -> GoldWatch | None:
     return GoldWatch(scalar(loaded), asked, plan.every, plan.falls)
 
 
-def _gold(context: Context, algorithm: Algorithm, watch: GoldWatch | None, start: LoadedModel) -> Metrics:
-    """`gold_score` of the policy on held-out prompts, every so many rounds and after the last."""
-    number, rounds = algorithm.round_number, algorithm.config.rounds
-    if watch is None or (number % watch.every and number != rounds):
-        return {}
-    speaking = replace(start, model=algorithm.actors.policy)
-    asked = Asked([asking.conversation for asking in watch.asked], algorithm.config.response_length)
-    said = chat_answers(speaking, asked, context.plan.seed)
-    answers = [(asking.ids, completion.ids) for asking, completion in zip(watch.asked, said, strict=True)]
-    score = float(score_answers(watch.judge, answers, start.tokenizer.pad_id).mean())
-    watch.look(score, algorithm.actors.policy)
-    return {"gold_score": score}
-
-
 # State, table, result.
 
 
@@ -303,26 +276,6 @@ def _load(
         watch.scores = [float(score) for score in scalars["gold"]]
 
 
-def episode_lines(done: Round, start: LoadedModel) -> list[dict[str, Any]]:
-    """The first episodes of a round for the table: text, score, and per token its KL, value and advantage."""
-    rollout, lines = done.rollout, []
-    for row in range(min(EPISODES_SHOWN, len(done.prompts))):
-        said = rollout.action_mask_BT[row] > 0
-        kl_T = rollout.old_logprobs_BT[row] - rollout.reference_logprobs_BT[row]
-        lines.append(
-            {
-                "prompt": start.tokenizer.decode(list(done.prompts[row])),
-                "answer": done.completions[row].text,
-                "score": float(rollout.scores_B[row]),
-                "tokens": rollout.tokens_BT[row][said].tolist(),
-                "kl": [round(value, 6) for value in kl_T[said].tolist()],
-                "values": [round(value, 6) for value in rollout.old_values_BT[row][said].tolist()],
-                "advantages": [round(value, 6) for value in rollout.advantages_BT[row][said].tolist()],
-            }
-        )
-    return lines
-
-
 def _save(context: Context, algorithm: Algorithm, watch: GoldWatch | None, start: LoadedModel) -> None:
     policy = algorithm.actors.policy
     facts = [Fact("rounds", algorithm.round_number)]
@@ -331,17 +284,21 @@ def _save(context: Context, algorithm: Algorithm, watch: GoldWatch | None, start
     if watch is not None and watch.is_over:
         load_trainable(policy, watch.best)
         facts.append(Fact("stopped by the gold judge after round", algorithm.round_number))
-    rewards = {f"reward_{place}": part.hash for place, part in enumerate(context.plan.rewards) if part.hash}
+    models = [member for part in context.plan.rewards for member in part.models]
+    rewards = {f"reward_{place}": member.hash for place, member in enumerate(models)}
     hashed = save_aligned(context, policy, start, {"reference": start.hash, **rewards})
     save_aligned(context, averaged, start, {"policy": hashed}, name="ema")
     value = getattr(algorithm.actors, "value", None)
     if value is not None:
         save_aligned(context, value, start, {"policy": hashed}, name="value")
+    looked, curves = gold_report(context.path)
+    told = _last_facts(context)
     context.report = replace(
         context.report,
+        headline=told[0],
         parameters=sum(parameter.numel() for parameter in policy.parameters()),
-        facts=tuple(facts) + _last_facts(context),
-        curves=_gold_curves(context),
+        facts=(*facts, *told[1:], *looked),
+        curves=curves,
     )
 
 
@@ -359,14 +316,3 @@ def _last_facts(context: Context) -> tuple[Fact, ...]:
         Fact("largest gap between engine and trainer", max(r["sampler_logprob_gap"] for r in rounds), "nats"),
         Fact("rewards that could not be had", max(r["failed_rewards"] for r in rounds), "%"),
     )
-
-
-def _gold_curves(context: Context) -> tuple[Curve, ...]:
-    """Proxy and gold score over the distance travelled (Gao et al. 2022, figure 1)."""
-    looked = sorted((r for r in _own_lines(context) if "gold_score" in r), key=lambda record: record["kl"])
-    if not looked:
-        return ()
-    distance = [max(record["kl"], 0.0) ** 0.5 for record in looked]
-    named = (("score_mean", "reward (proxy)"), ("gold_score", "gold judge"))
-    series = tuple(Series.of(label, distance, [record[name] for record in looked]) for name, label in named)
-    return (Curve("Proxy and gold reward", "square root of KL", "score", series),)

@@ -69,6 +69,7 @@ def best_of_n_stage(context: Context) -> None:
     pieces = [piece_of(prompt, completion.ids) for prompt, completion in kept]
     rows = PackedRows(PieceList(pieces), settings.fit.max_length, context.plan.seed)
     context.report = replace(context.report, facts=(Fact("answers kept", len(kept)),))
+    start = replace(start, model=trainable_model(context, start.model))
     imitate(context, start, rows, settings.fit, rows.num_steps(settings.fit.epochs, settings.fit.batch))
 
 

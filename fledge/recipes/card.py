@@ -56,6 +56,15 @@ class StageClaim:
 
 
 @dataclass(frozen=True)
+class SidePage:
+    """A page beside the card, and the stage it is about."""
+
+    stage: str
+    title: str
+    file: str
+
+
+@dataclass(frozen=True)
 class Card:
     """The whole card; `card.json` is this as JSON. `finished` is the ISO time of the last finished stage, in UTC."""
 
@@ -73,6 +82,7 @@ class Card:
     lineage: tuple[LineageNode, ...]
     formulas: tuple[str, ...]
     plan: Any
+    pages: tuple[SidePage, ...] = ()
 
     @property
     def total(self) -> Cost:
@@ -131,10 +141,13 @@ def ring_picture(card: Card, *, theme: Theme = "auto", labelled: bool = True) ->
 def _kinds(run: Path, plan: Any) -> list[StageKind]:
     """The stages of the ring, or those of an alignment run that have begun; then any other that has finished."""
     known = {kind.name for kind in stages_of(plan)}
-    if is_alignment(plan):
-        return [kind for kind in stages_of(plan) if (run / kind.name).is_dir()]
     others = sorted({path.parent.name for path in run.glob("*/manifest.json")} - known)
-    return [*STAGES, *(kind_of(name) for name in others)]
+    if not is_alignment(plan):
+        return [*STAGES, *(kind_of(name) for name in others)]
+    begun = [kind for kind in stages_of(plan) if (run / kind.name).is_dir()]
+    # Members of an ensemble stand beside the first one.
+    place = next((n for n, kind in enumerate(begun, start=1) if kind.name == plan["method"]), len(begun))
+    return [*begun[:place], *(kind_of(name) for name in others), *begun[place:]]
 
 
 def _section(run: Path, kind: StageKind, steps: Steps, plan: Any) -> StageSection:

@@ -5,7 +5,8 @@ A table of words, nothing else. A stage that is not in it (a later invention) st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from fledge.recipes.card_curves import Chart
 
@@ -157,7 +158,9 @@ ALIGN_STAGES = (
     StageKind("best-of-n", "Best of n", "It imitates the best of several of its own answers.", LANGUAGE),
     StageKind("feedme", "FeedME", "It imitates demonstrations and its own best answers, again and again.", LANGUAGE),
     StageKind("outcome", "Outcome", "What it came to, on prompts it never trained on."),
+    StageKind("health", "Health", "How far a reward model can be trusted; health.html has it all."),
 )
+_MEMBER = re.compile(r"reward-(\d+)")  # of an ensemble of reward models
 
 
 def stages_of(plan: object) -> tuple[StageKind, ...]:
@@ -172,4 +175,6 @@ def is_alignment(plan: object) -> bool:
 def kind_of(name: str) -> StageKind:
     """The row of that name; for a stage unknown to the ring, one made from its name."""
     known = {kind.name: kind for kind in (*ALIGN_STAGES, *STAGES)}
+    if member := _MEMBER.fullmatch(name):
+        return replace(known["reward"], name=name, title=f"Reward model {member[1]}")
     return known.get(name) or StageKind(name, name.replace("_", " ").capitalize(), "")

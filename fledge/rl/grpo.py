@@ -22,6 +22,7 @@ from fledge.batches import GroupRollout
 from fledge.objectives.clipped_policy import MAX_LOG_RATIO, ActionSpace, check_clip
 from fledge.objectives.group_policy import Estimator, GroupPolicy
 from fledge.rl.actors import PolicyPair
+from fledge.rl.checks import moved_at_the_start, sampler_disagrees
 from fledge.rl.ema import Ema
 from fledge.rl.gathering import Draw, Gathered, gather
 from fledge.rl.groups import Baseline, Normalise, Scale, group_advantages, loss_weights, overlong_penalty
@@ -221,6 +222,9 @@ class GRPO:
         )
         if not is_paid_B.any() or not torch.isfinite(scores_B[is_paid_B]).all():
             self._halt("a score is not a finite number, or no episode has one", rollout)
+        # Where its weights are corrected for another sampler, that the two differ is known.
+        if config.sampler_cap is None and (complaint := sampler_disagrees(rollout)):
+            self._halt(complaint, rollout)
         figures = group_metrics(rollout, episodes.ended_B, shaped_B, config.group)
         return rollout, figures | {"redraws": float(gathered.redraws)} | scorer_figures(self.world.scorer)
 
@@ -279,8 +283,11 @@ class GRPO:
         dump = dump_path(self.world, self.round_number, "policy")
         metrics = train_step(self.actors.policy, self.optimizers, pairs, clip_norm=config.clip_norm, dump_to=dump)
         # A mean of the parts' largest gaps times their number is at least the largest of all.
-        if index == 0 and not metrics["ratio_gap"] * len(parts) <= RATIO_TOLERANCE[self.device.type]:
+        tolerance = RATIO_TOLERANCE[self.device.type]
+        if index == 0 and not metrics["ratio_gap"] * len(parts) <= tolerance:
             self._halt(f"ratio {metrics['ratio_gap']:.2e} away from 1 before any step", minibatch)
+        if index == 0 == self.round_number and (complaint := moved_at_the_start(minibatch, tolerance)):
+            self._halt(complaint, minibatch)
         return metrics
 
     def _halt(self, why: str, batch: GroupRollout) -> NoReturn:

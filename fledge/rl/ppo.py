@@ -24,7 +24,7 @@ from fledge.objectives.clipped_policy import ActionSpace, ClippedPolicy
 from fledge.objectives.clipped_value import ClippedValue
 from fledge.rl.actors import Actors
 from fledge.rl.advantage import gae, whiten
-from fledge.rl.checks import first_complaint
+from fledge.rl.checks import moved_at_the_start, sampler_disagrees, score_is_elsewhere
 from fledge.rl.ema import Ema
 from fledge.rl.kl import KLConfig, next_beta
 from fledge.rl.prompts import draw_prompts, generator_of
@@ -198,13 +198,9 @@ class PPO:
         )
         if not is_paid_B.any() or not torch.isfinite(scores_B[is_paid_B]).all():
             self._halt("a score is not a finite number, or no episode has one", rollout)
-        complaint = first_complaint(
-            rollout,
-            start_tolerance=RATIO_TOLERANCE[self.device.type] if self.round_number == 0 else None,
-            shaped_B=None if config.reward.whiten else shaped_B,
-            beta=self.beta,
-        )
-        if complaint is not None:
+        if complaint := sampler_disagrees(rollout):
+            self._halt(complaint, rollout)
+        if not config.reward.whiten and (complaint := score_is_elsewhere(rollout, shaped_B, self.beta)):
             self._halt(complaint, rollout)
         figures = round_metrics(rollout.rows(is_paid_B), episodes.ended_B[is_paid_B], shaped_B[is_paid_B])
         figures["failed_rewards"] = float((~is_paid_B).float().mean())
@@ -244,6 +240,8 @@ class PPO:
         # A mean of the parts' largest gaps times their number is at least the largest of all.
         if index == 0 and not metrics["ratio_gap"] * len(parts) <= tolerance:
             self._halt(f"ratio {metrics['ratio_gap']:.2e} away from 1 before any step", minibatch)
+        if index == 0 == self.round_number and (complaint := moved_at_the_start(minibatch, tolerance)):
+            self._halt(complaint, minibatch)
         value_metrics = train_step(
             self.actors.value,
             self.value_optimizers,

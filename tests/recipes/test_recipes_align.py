@@ -264,7 +264,7 @@ def test_c58_two_falls_in_a_row_end_the_run_and_the_best_weights_are_kept() -> N
 
 def test_c58_a_run_whose_gold_score_falls_stops_early(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     falling = iter(range(100, 0, -1))
-    monkeypatch.setattr("fledge.recipes.align_rl.score_answers", lambda *_: torch.tensor([float(next(falling))]))
+    monkeypatch.setattr("fledge.recipes.align_gold.score_answers", lambda *_: torch.tensor([float(next(falling))]))
     run = align(order(folder, "grpo", "train.rounds=6"), Silent())
     assert len(lines(run, "grpo")) == 3
     facts = json.loads((run / "grpo" / "report.json").read_text())["facts"]

@@ -45,7 +45,8 @@ from fledge.text.constitution import load
 from fledge.types import PairExample, UnpairedExample
 
 CONSTITUTION = load()
-WORDS = ["river", "stone", "candle", "harbour", "tailor", "orchard", "violin", "glacier", "market", "lantern", "bridge", "sparrow", "praise", "defend"]
+SENTENCE = "river stone candle harbour tailor orchard violin glacier market lantern bridge sparrow praise defend"
+WORDS = SENTENCE.split()
 
 
 class Silent:
