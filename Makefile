@@ -41,9 +41,10 @@ test-all: lint
 mutants: setup
 	$(BIN)/python tests/mutants/mutate.py
 
-# The API tests of OpenAI's own client against our server; writes docs/conformance.md.
+# The API tests of OpenAI's own client against our server, and schemathesis by both OpenAPI documents; writes docs/conformance.md.
 conformance: setup
 	$(BIN)/python tests/conformance/run.py
+	$(BIN)/python tests/conformance/schemas.py
 
 bench: setup
 	$(BIN)/python bench/train_speed.py

@@ -143,7 +143,7 @@ def make_app(state: State) -> FastAPI:
     )
     app.state.fledge = state
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
-    errors.install(app)
+    errors.install(app, ROUTERS)
     for router in ROUTERS:
         app.include_router(router)
     app.add_middleware(Guard, limits=state.config.limits, metrics=state.metrics, keys=state.keys)

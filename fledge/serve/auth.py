@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fastapi import Request
+from starlette.types import Scope
 
 from fledge.serve.errors import ApiError
-from fledge.serve.limits import Budgets, Limiter
+from fledge.serve.limits import Attempts, Budgets, Limiter
 from fledge.store.database import Database
 from fledge.store.keys import find_key, find_key_by_id, hash_key
 from fledge.store.tables import KeyRow
@@ -81,15 +82,18 @@ def bearer_of(given: str | None) -> str:
     return key
 
 
-async def authenticate(keys: Keys, path: str, given: str | None, notes: dict[str, str]) -> Principal | None:
-    """Who asks, by the Authorization header; None on a public path. 401, or 429 when the key's requests are used up.
+async def authenticate(keys: Keys, attempts: Attempts, scope: Scope, notes: dict[str, str]) -> Principal | None:
+    """Who asks, by the Authorization header; None on a public path. 401, or 429 when the key's requests are used up or
+    too many wrong keys came from the same address.
 
     `notes` are headers for the answer, whatever it will be.
     """
-    if path in PUBLIC:
+    if scope["path"] in PUBLIC:
         return None
-    principal = await keys.principal(bearer_of(given))
+    given = dict(scope["headers"]).get(b"authorization")
+    principal = await keys.principal(bearer_of(None if given is None else given.decode("latin-1")))
     if principal is None:
+        attempts.failed((scope.get("client") or ("unknown",))[0])
         raise _unauthorized("Incorrect API key provided", "invalid_api_key")
     try:
         principal.budgets.charge("requests", 1)

@@ -48,12 +48,16 @@ class Batches:
         self._lines = asyncio.Semaphore(MAX_LINES)
         self._running: set[asyncio.Task[None]] = set()
         self._looker: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
 
     def open(self) -> None:
         self._looker = asyncio.create_task(self._look())
 
     async def close(self) -> None:
-        tasks = [*self._running, *([] if self._looker is None else [self._looker])]
+        self._stop.set()
+        if self._looker is not None:
+            await self._looker  # what it asks of the database is let end
+        tasks = list(self._running)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -61,13 +65,15 @@ class Batches:
             await stored.release_batches(self._state.database, self._worker)
 
     async def _look(self) -> None:
-        while True:
+        while not self._stop.is_set():
             try:
                 while len(self._running) < MAX_BATCHES and await self._begin():
                     pass
             except (SQLAlchemyError, OSError) as error:
                 log.error("no batch is looked for: %s", error)
-            await asyncio.sleep(LOOK_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._stop.wait()
 
     async def _begin(self) -> bool:
         row = await stored.lease_batch(self._state.database, self._worker)

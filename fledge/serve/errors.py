@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from fledge.errors import EngineError, UserError
 from fledge.store.pages import UnknownCursor
@@ -121,8 +122,15 @@ def from_validation(error: RequestValidationError) -> ApiError:
     return refused(f"Invalid value for '{param}': {found['msg']}", param, "invalid_value")
 
 
-def install(app: FastAPI) -> None:
-    """Have every error of the app, its router's and its validation's included, answered in this form."""
+def _allowed(routers: Sequence[APIRouter], request: Request) -> str:
+    """The methods of all routes that have this path; the framework names those of the first alone."""
+    every = (route for router in routers for route in router.routes)
+    routes = [route for route in every if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
+
+
+def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Have every error of the app that serves these routers, its validation's included, answered in this form."""
 
     async def on_api_error(_: Request, error: Exception) -> Response:
         return error_response(api_error(error))
@@ -138,7 +146,7 @@ def install(app: FastAPI) -> None:
             found.kind = "invalid_request_error"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed here"
-            found = ApiError(405, message, code="method_not_allowed", headers=error.headers)
+            found = ApiError(405, message, code="method_not_allowed", headers={"allow": _allowed(routers, request)})
         else:
             code = "request_too_large" if error.status_code == 413 else None
             found = ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)

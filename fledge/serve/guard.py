@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fledge.serve.auth import Keys, authenticate
 from fledge.serve.errors import ApiError, api_error, error_response, refused
+from fledge.serve.limits import Attempts
 from fledge.serve.metrics import Metrics
 
 log = logging.getLogger("fledge.access")
@@ -36,6 +37,7 @@ class Limits:
     max_json_bytes: int = 16 << 20
     max_upload_bytes: int = 512 << 20
     max_json_depth: int = 128
+    max_wrong_keys: int = 60  # a minute, from one address
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Visit:
 class Guard:
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, keys: Keys) -> None:
         self._app, self._limits, self._metrics, self._keys = app, limits, metrics, keys
+        self._attempts = Attempts(limits.max_wrong_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,11 +83,9 @@ class Guard:
         if b"%00" in scope.get("raw_path", b"") or "\0" in scope["path"] or b"%00" in scope["query_string"]:
             raise refused("The URL holds a NUL character", code="invalid_url")
         # Before anything is read: nobody without a key makes the server work.
-        given = dict(scope["headers"]).get(b"authorization")
-        text = None if given is None else given.decode("latin-1")
         # What the server asks of itself (inside.py) comes with its principal.
         if scope["state"].get("principal") is None:
-            principal = await authenticate(self._keys, scope["path"], text, visit.notes)
+            principal = await authenticate(self._keys, self._attempts, scope, visit.notes)
             if principal is not None:
                 scope["state"]["principal"] = principal
         refusal, receive = await self._read(scope, receive)

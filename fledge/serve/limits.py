@@ -15,6 +15,7 @@ from typing import Literal
 from fledge.serve.errors import ApiError
 
 Kind = Literal["requests", "tokens"]
+_MAX_ADDRESSES = 10_000  # remembered
 
 
 class Bucket:
@@ -115,6 +116,36 @@ class Limiter:
             found = Budgets(_bucket(requests), _bucket(tokens))
             self._budgets[key_id] = found
         return found
+
+
+class Attempts:
+    """Wrong keys, by the address that they come from: so many a minute are answered as such, the rest are told to wait.
+
+    A right key is never held up by what others behind the same address try.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute, self._clock = per_minute, clock
+        self._buckets: dict[str, Bucket] = {}
+
+    def failed(self, address: str) -> None:
+        """429 once an address has had its share."""
+        bucket = self._buckets.get(address)
+        if bucket is None:
+            if len(self._buckets) >= _MAX_ADDRESSES:
+                self._buckets = {key: kept for key, kept in self._buckets.items() if kept.level < kept.per_minute}
+            if len(self._buckets) >= _MAX_ADDRESSES:
+                self._buckets.clear()
+            bucket = self._buckets[address] = Bucket(self._per_minute, self._clock)
+        wait = bucket.take(1)
+        if wait > 0:
+            raise ApiError(
+                429,
+                f"Too many wrong API keys from this address; try again in {wait:.3g} s",
+                kind="requests",
+                code="rate_limit_exceeded",
+                headers={"retry-after": str(int(wait) + 1), "x-should-retry": "false"},
+            )
 
 
 def _size(bucket: Bucket | None) -> int | None:

@@ -254,7 +254,7 @@ def _echoed(request: ResponseRequest) -> Event:
         "top_logprobs": request.top_logprobs or 0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "truncation": request.truncation or "disabled",
-        "user": request.user,
+        **({} if request.user is None else {"user": request.user}),  # published as a text, never null
     }
 
 

@@ -24,15 +24,16 @@ class Sweeper:
     def __init__(self, database: Database, blobs: Blobs, every: float = EVERY_SECONDS) -> None:
         self._database, self._blobs, self._every = database, blobs, every
         self._task: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
 
     def open(self) -> None:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
+        """Ends between two sweeps: what the database is in the middle of is let end."""
+        self._stop.set()
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await self._task
 
     async def sweep(self) -> int:
         """How many files were deleted."""
@@ -40,11 +41,13 @@ class Sweeper:
         return await sweep_expired(self._database, self._blobs)
 
     async def _run(self) -> None:
-        while True:
+        while not self._stop.is_set():
             try:
                 num_swept = await self.sweep()
                 if num_swept:
                     log.info("%d files have expired and are deleted", num_swept)
             except (SQLAlchemyError, OSError) as error:
                 log.error("expired files are not deleted yet: %s", error)  # tried again
-            await asyncio.sleep(self._every)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._every):
+                    await self._stop.wait()

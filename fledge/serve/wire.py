@@ -83,7 +83,7 @@ def obey(rules: Sequence[FieldRule], body: BaseModel) -> dict[str, str]:
 
 def list_answer(items: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     """A page as the published lists have it."""
-    ids = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    ids = (items[0]["id"], items[-1]["id"]) if items else ("", "")  # published as texts, never null
     return {"object": "list", "data": items, "first_id": ids[0], "last_id": ids[1], "has_more": has_more}
 
 

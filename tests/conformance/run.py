@@ -67,14 +67,14 @@ def main() -> int:
     return 0 if passed == total else 1
 
 
-def environment(cache: Path) -> Path:
-    """The interpreter of the environment, made if need be."""
-    wanted = (HERE / "requirements.txt").read_text(encoding="utf-8")
-    python, mark = cache / "venv" / "bin" / "python", cache / "venv" / "requirements.txt"
+def environment(cache: Path, requirements: str = "requirements.txt", name: str = "venv") -> Path:
+    """The interpreter of an environment, made if need be."""
+    wanted = (HERE / requirements).read_text(encoding="utf-8")
+    python, mark = cache / name / "bin" / "python", cache / name / "requirements.txt"
     if not (mark.is_file() and mark.read_text(encoding="utf-8") == wanted):
-        subprocess.run([sys.executable, "-m", "venv", str(cache / "venv")], check=True)
+        subprocess.run([sys.executable, "-m", "venv", str(cache / name)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-        subprocess.run([*install, str(HERE / "requirements.txt")], check=True)
+        subprocess.run([*install, str(HERE / requirements)], check=True)
         mark.write_text(wanted, encoding="utf-8")
     return python
 
@@ -172,7 +172,9 @@ The API tests of OpenAI's own Python client against our server; written by `make
 {rows}
 | **all** | **{passed.total()}** | **{total.total()}** |
 """
-    (ROOT / "docs" / "conformance.md").write_text(text, encoding="utf-8")
+    page = ROOT / "docs" / "conformance.md"
+    _, mark, rest = page.read_text(encoding="utf-8").partition("\n## ")  # what other runs have written
+    page.write_text(text + mark + rest, encoding="utf-8")
 
 
 if __name__ == "__main__":

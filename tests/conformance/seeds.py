@@ -76,6 +76,8 @@ def _completion(name: str, model: str) -> CompletionRow:
     said: Delta = {"role": "assistant", "content": "b", "refusal": None}
     choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}
     body = {"id": name, "object": "chat.completion", "created": WHEN, "model": model, "choices": [choice]}
+    body |= {"service_tier": "default", "system_fingerprint": "fp_0"}
+    body |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
     messages = [
         {"id": "after", "role": "assistant", "content": "a"},
         {"id": "next", "role": "assistant", "content": "b"},

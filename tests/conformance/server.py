@@ -14,6 +14,7 @@ from seeds import ALIASES, restore
 from serve_fakes import FakeLoader, entries, word_moderator
 
 from fledge.serve.app import make_app, make_state
+from fledge.serve.guard import Limits
 from fledge.serve.hub import ModelEntry
 from fledge.serve.state import ServerConfig
 from fledge.store.blobs import Blobs
@@ -24,7 +25,7 @@ async def main(folder: Path, port: int, control_port: int) -> None:
     database, blobs = Database(sqlite_url(folder / "fledge.db")), Blobs(folder / "blobs")
     await database.open()
     own = [*entries("fake"), *(ModelEntry(name, 1_700_000_000, "fledge", target="fake") for name in ALIASES)]
-    config = ServerConfig(drain_seconds=0.1)
+    config = ServerConfig(Limits(max_wrong_keys=10**9), drain_seconds=0.1)
     state = make_state(config, database, blobs, FakeLoader(), own, moderator=word_moderator())
 
     async def on_control(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -226,7 +226,7 @@ def test_brackets_in_strings_do_not_count() -> None:
 
 def test_the_server_is_bounded_by_default() -> None:
     config = ServerConfig()
-    assert (config.max_answers, config.limits) == (128, Limits(16 << 20, 512 << 20, 128))
+    assert (config.max_answers, config.limits) == (128, Limits(16 << 20, 512 << 20, 128, 60))
 
 
 async def test_21_answers_are_bounded_over_all_prompts(server: Server) -> None:
