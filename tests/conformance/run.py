@@ -173,7 +173,7 @@ The API tests of OpenAI's own Python client against our server; written by `make
 | **all** | **{passed.total()}** | **{total.total()}** |
 """
     page = ROOT / "docs" / "conformance.md"
-    _, mark, rest = page.read_text(encoding="utf-8").partition("\n## ")  # what other runs have written
+    _, mark, rest = page.read_text(encoding="utf-8").partition("\n## Against ")  # what schemas.py has written
     page.write_text(text + mark + rest, encoding="utf-8")
 
 
