@@ -113,9 +113,8 @@ def gold_report(folder: Path) -> tuple[tuple[Fact, ...], tuple[Curve, ...]]:
     if len(looks) < 2:
         return (), ()
     best = max(looks, key=lambda look: look["gold"])
-    facts: tuple[Fact, ...] = (
-        Fact("best gold score", best["gold"]),
-        Fact("best gold score after round", best["step"]),
+    facts = (
+        Fact("best gold score", best["gold"], f"after round {best['step']}"),
         Fact("gold score, last less first", looks[-1]["gold"] - looks[0]["gold"]),
     )
     in_order = sorted(looks, key=lambda look: look["kl"])
@@ -128,16 +127,17 @@ def gold_report(folder: Path) -> tuple[tuple[Fact, ...], tuple[Curve, ...]]:
     found = fitted(distances, [look["gold"] for look in in_order])
     if found is not None:
         alpha, beta, start = found
-        drawn = [max(distances) * n / FIT_POINTS for n in range(1, FIT_POINTS + 1)]
+        first = min(d for d in distances if d > 0)
+        drawn = [first + (max(distances) - first) * n / FIT_POINTS for n in range(FIT_POINTS + 1)]
         values = [start + d * (alpha - beta * float(np.log(d))) for d in drawn]
         series.append(Series.of("fit of gold", drawn, values))
-        note += f" Fit: {start:.2f} + d ({alpha:.2f} - {beta:.2f} log d)."
-        facts += (Fact("alpha of the fit", alpha), Fact("beta of the fit", beta))
+        note += f" Fit: {start:.2f} + d ({alpha:.2f} − {beta:.2f} log d)."
     return facts, (Curve("Proxy and gold reward", "d = square root of KL", "score", tuple(series), note=note),)
 
 
 def fitted(distances: Sequence[float], gold: Sequence[float]) -> tuple[float, float, float] | None:
-    """(alpha, beta, start) of gold = start + d (alpha - beta log d), by least squares; None for too few points.
+    """(alpha, beta, start) of gold = start + d (alpha - beta log d), by least squares; None for too few points, and
+    where gold does not rise and turn (beta of 0 or less), so that the form says nothing.
 
     Gao et al. 2022, section 3.1, equation for reinforcement learning; their scores start at 0, ours where they do.
     """
@@ -147,4 +147,4 @@ def fitted(distances: Sequence[float], gold: Sequence[float]) -> tuple[float, fl
     d_N = np.array([d for d, _ in points])
     design_N3 = np.stack([d_N, -d_N * np.log(d_N), np.ones_like(d_N)], axis=1)
     (alpha, beta, start), *_ = np.linalg.lstsq(design_N3, np.array([score for _, score in points]), rcond=None)
-    return float(alpha), float(beta), float(start)
+    return (float(alpha), float(beta), float(start)) if beta > 0 else None

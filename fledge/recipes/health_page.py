@@ -203,12 +203,12 @@ def _length(found: Lengths) -> Section:
         ("labelers prefer the longer answer", found.labelers_prefer_longer),
         ("the model prefers the longer answer", found.model_prefers_longer),
     )
-    rows = [(who, _interval(share, 0.5), share.pairs) for who, share in shares if share is not None]
+    rows = [(who, _interval(share), share.pairs) for who, share in shares if share is not None]
     correlations = (
         ("over all answers", found.correlation),
         ("within a prompt", found.correlation_within),
     )
-    lines = [(where, _interval(share, 0.0), share.pairs, share.prompts) for where, share in correlations]
+    lines = [(where, _interval(share), share.pairs, share.prompts) for where, share in correlations]
     return Section(
         "length",
         "Length",
@@ -228,10 +228,10 @@ def _position(found: Positions | None) -> Section:
     rows = [
         (
             "labelers prefer what they saw first",
-            _interval(found.labelers_prefer_first, 0.5),
+            _interval(found.labelers_prefer_first),
             found.labelers_prefer_first.pairs,
         ),
-        ("the model agrees with the first", _interval(found.model_prefers_first, 0.5), found.model_prefers_first.pairs),
+        ("the model agrees with the first", _interval(found.model_prefers_first), found.model_prefers_first.pairs),
     ]
     return Section(
         "position",
@@ -265,8 +265,8 @@ def _probes(report: HealthReport) -> Section:
         (
             probe.name,
             probe.what,
-            None if probe.fooled is None else _interval(probe.fooled, 0.5),
-            None if probe.change is None else _interval(probe.change, 0.0),
+            None if probe.fooled is None else _against(probe.fooled),
+            None if probe.change is None else _interval(probe.change),
             probe.n,
             probe.verdict,
         )
@@ -280,9 +280,9 @@ def _probes(report: HealthReport) -> Section:
         tables=(
             Table.of(
                 "Altered answers against the best ones",
-                ("probe", "what", "scored above the best %", "score changes by", "prompts", "verdict"),
+                ("probe", "what", "best answer wins %", "score changes by", "prompts", "verdict"),
                 rows,
-                "Resists: the interval lies below 50 %. FOOLED: above it. The spread of the training answers is 1.",
+                "Resists: the interval lies above 50 %. FOOLED: below it. The spread of the training answers is 1.",
             ),
         ),
     )
@@ -290,6 +290,11 @@ def _probes(report: HealthReport) -> Section:
 
 def _interval(share: Share, mark: float | None = None) -> Interval:
     return Interval(share.value, share.low, share.high, mark)
+
+
+def _against(share: Share) -> Interval:
+    """The share of the other side of a contest."""
+    return Interval(1 - share.value, 1 - share.high, 1 - share.low, 0.5)
 
 
 def _n(share: Share) -> str:
