@@ -1,7 +1,7 @@
 """Decoding compiled: the step in which every answer takes one token, as one graph for each number of answers.
 
 Small models spend most of such a step outside their matrix products, between operators; torch.compile's C++ removes
-that. Only for up to `MAX_ROWS` answers at once: beyond, the products rule and there is nothing to win. Everything the
+that. Only for up to `MAX_ROWS` answers at once: beyond, the products rule and there is little to win. Everything the
 graph reads is written into buffers that stay where they are; fewer answers than a graph has rows are filled up with
 rows that write to the pages' spare block.
 
@@ -30,7 +30,8 @@ from fledge.infer.paged import Layout, PagedContext, Pages
 
 Ints = NDArray[np.int64]
 
-MAX_ROWS = 8
+MAX_ROWS = 32
+_FINE_ROWS = 8  # up to here the next power of two, from here on the next multiple: filling up costs products
 _NARROWEST = 64  # blocks of a table
 
 
@@ -74,7 +75,7 @@ class CompiledDecoder:
         To be run within `evaluating`. Writes the tokens' keys and values to the pages. N is at most `MAX_ROWS`.
         """
         num, width = tables_NM.shape
-        shape = 1 << (num - 1).bit_length(), max(_NARROWEST, 1 << (width - 1).bit_length())
+        shape = _rows_for(num), max(_NARROWEST, 1 << (width - 1).bit_length())
         is_new = shape not in self._buffers
         if is_new:
             self._buffers[shape] = self._new_buffers(*shape)
@@ -117,6 +118,11 @@ class CompiledDecoder:
 
         # The C++ wrapper calls kernel after kernel without going back to Python.
         return torch.compile(step, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
+
+
+def _rows_for(num: int) -> int:
+    """Rows of the graph for so many answers."""
+    return 1 << (num - 1).bit_length() if num <= _FINE_ROWS else -(-num // _FINE_ROWS) * _FINE_ROWS
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from torch import Tensor
 
 # Output channels side by side in packed weights; kernels/kernels.h.
 INT8_CHANNELS, INT4_CHANNELS = 32, 16
-GROUP = 32  # inputs that share a scale in 4-bit weights
+# Inputs that share a scale: of the activations in both, of the weights too in int4.
+INT8_GROUP, INT4_GROUP = 128, 32
 QMAX = 127.0
 LEAST = 1e-30  # kernels/activations.h
 
 
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """(bytes_MK as float32 integers -127..127, scale_M1): symmetric, one scale a row; bit for bit as the kernels do it.
+    """(bytes_MK as float32 integers -127..127, scale_M1): symmetric, a scale a row; bit for bit as the kernels do it.
 
     A row with numbers that are not finite gets bytes of zero and the scale NaN.
     """
@@ -40,12 +41,15 @@ def unpack_int8(packed: Tensor, num_channels: int, width: int) -> Tensor:
 
 
 def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    """The integers are summed in float64, which holds them exactly."""
-    x_MK = x.reshape(-1, x.shape[-1])
-    weight_NK = unpack_int8(packed, scales_N.shape[0], x.shape[-1])
-    bytes_MK, scale_M1 = quantize_rows(x_MK)
-    sums_MN = (bytes_MK.double() @ weight_NK.double().mT).float()
-    y_MN = sums_MN * scale_M1 * scales_N
+    """Bit for bit as the kernel: sums of integers in float64, which holds them exactly, then group after group."""
+    x_MGI = F.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % INT8_GROUP)).unflatten(1, (-1, INT8_GROUP))
+    weight_NGI = unpack_int8(packed, scales_N.shape[0], packed.shape[1] * 4).unflatten(1, (-1, INT8_GROUP))
+    bytes_MGI, scale_MG1 = quantize_rows(x_MGI)
+    y_MN = x.new_zeros(len(x_MGI), scales_N.shape[0])
+    for g in range(x_MGI.shape[1]):
+        sums_MN = (bytes_MGI[:, g].double() @ weight_NGI[:, g].double().mT).float()
+        y_MN = y_MN + sums_MN * scale_MG1[:, g]
+    y_MN = y_MN * scales_N
     if bias_N is not None:
         y_MN = y_MN + bias_N
     return y_MN.reshape(*x.shape[:-1], scales_N.shape[0])
@@ -66,7 +70,7 @@ def linear_int4(x: Tensor, packed: Tensor, num_channels: int, bias_N: Tensor | N
     """Sums within a group are exact; groups are added up in whatever order torch likes."""
     nibbles_NGI, scales_NG, minima_NG = unpack_int4(packed, num_channels)
     x_MK = x.reshape(-1, x.shape[-1])
-    x_MGI = F.pad(x_MK, (0, -x_MK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    x_MGI = F.pad(x_MK, (0, -x_MK.shape[1] % INT4_GROUP)).unflatten(1, (-1, INT4_GROUP))
     bytes_MGI, scale_MG1 = quantize_rows(x_MGI)
     sums_GMN = (bytes_MGI.double().transpose(0, 1) @ nibbles_NGI.double().permute(1, 2, 0)).float()
     weighted_MG = (bytes_MGI.sum(dim=-1, keepdim=True) * scale_MG1)[..., 0]

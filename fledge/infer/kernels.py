@@ -20,11 +20,9 @@ from torch import Tensor
 
 from fledge.infer import kernel_twins as twins
 from fledge.infer.kernel_build import BuildError, discard, library
-from fledge.infer.kernel_twins import GROUP, INT4_CHANNELS, INT8_CHANNELS
+from fledge.infer.kernel_twins import INT4_CHANNELS, INT4_GROUP, INT8_CHANNELS, INT8_GROUP
 
 log = logging.getLogger(__name__)
-
-INPUTS_MULTIPLE = 16  # inputs of a channel are filled up to this; kernels/linear_int8.cpp
 
 SCHEMAS = (
     "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias) -> Tensor",
@@ -67,14 +65,14 @@ def load() -> Kernels:
 def pack_int8(weight_NK: Tensor) -> Tensor:
     """uint8 (N/32, K/4, 32, 4), both rounded up: int8 weights as kernels/linear_int8.cpp reads them."""
     assert weight_NK.dtype == torch.int8, weight_NK.dtype
-    filled_NK = F.pad(weight_NK, (0, -weight_NK.shape[1] % INPUTS_MULTIPLE, 0, -weight_NK.shape[0] % INT8_CHANNELS))
+    filled_NK = F.pad(weight_NK, (0, -weight_NK.shape[1] % INT8_GROUP, 0, -weight_NK.shape[0] % INT8_CHANNELS))
     bytes_NK = (filled_NK.to(torch.int16) + 128).to(torch.uint8)
     num_blocks, num_fours = bytes_NK.shape[0] // INT8_CHANNELS, bytes_NK.shape[1] // 4
     return bytes_NK.reshape(num_blocks, INT8_CHANNELS, num_fours, 4).transpose(1, 2).contiguous()
 
 
 def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """float32 (..., N): x (..., K) float32, rounded to int8 row by row, times int8 weights with a scale a channel.
+    """float32 (..., N): x (..., K) float32, rounded to int8 in groups of 128, times int8 weights with a scale a channel.
 
     `packed` from `pack_int8`. A row's result does not depend on the rows beside it, bit for bit. A row that holds NaN
     or infinity gives NaN.
@@ -89,7 +87,7 @@ def pack_int4(nibbles_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor) -> Tens
     `nibbles_NGI` uint8 0..15, in groups of I = 32 inputs; scales and minima float16.
     """
     assert nibbles_NGI.dtype == torch.uint8, nibbles_NGI.dtype
-    assert nibbles_NGI.shape[2] == GROUP, nibbles_NGI.shape
+    assert nibbles_NGI.shape[2] == INT4_GROUP, nibbles_NGI.shape
     assert scales_NG.dtype == minima_NG.dtype == torch.float16, (scales_NG.dtype, minima_NG.dtype)
     missing = -nibbles_NGI.shape[0] % INT4_CHANNELS
     nibbles_NGI, scales_NG, minima_NG = (

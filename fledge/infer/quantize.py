@@ -1,6 +1,6 @@
 """Quantising a model from outside: its linear layers and embeddings are replaced, the model file never knows.
 
-    int8    weights with a scale a channel; activations with a scale a token
+    int8    weights with a scale a channel, activations with one for each 128 inputs of a token
     int4    weights in groups of 32 with a scale and a minimum (GGUF's Q4_1), activations in groups of 32; the head
             and the embeddings stay at int8, where 4 bits cost most
 
@@ -25,7 +25,7 @@ from fledge.formats import checkpoint
 from fledge.formats.checkpoint import CheckpointInfo, LoadedModel
 from fledge.formats.gguf_tensors import Blocks
 from fledge.infer import kernels
-from fledge.infer.kernel_twins import GROUP, QMAX
+from fledge.infer.kernel_twins import INT4_GROUP, QMAX
 from fledge.infer.quantized import Int4Linear, Int8Embedding, Int8Linear
 
 Format = Literal["int8", "int4"]
@@ -126,19 +126,19 @@ def int4_matrix(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     A matrix that lies on such a grid, as one imported from Q4_1 does, comes back as it was.
     """
-    missing = -weight_NK.shape[1] % GROUP
+    missing = -weight_NK.shape[1] % INT4_GROUP
     filled_NK = torch.cat((weight_NK, weight_NK[:, -1:].expand(-1, missing)), dim=1)
-    groups_PI = filled_NK.reshape(-1, GROUP)
-    parts = [_int4_groups(part_PI) for part_PI in groups_PI.split(ROWS_AT_ONCE // GROUP)]
+    groups_PI = filled_NK.reshape(-1, INT4_GROUP)
+    parts = [_int4_groups(part_PI) for part_PI in groups_PI.split(ROWS_AT_ONCE // INT4_GROUP)]
     nibbles_PI, scales_P, minima_P = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    shape = (weight_NK.shape[0], filled_NK.shape[1] // GROUP)
-    return nibbles_PI.reshape(*shape, GROUP), scales_P.reshape(shape), minima_P.reshape(shape)
+    shape = (weight_NK.shape[0], filled_NK.shape[1] // INT4_GROUP)
+    return nibbles_PI.reshape(*shape, INT4_GROUP), scales_P.reshape(shape), minima_P.reshape(shape)
 
 
 def _from_blocks(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
     """GGUF's own numbers, as `int4_matrix` gives them."""
     offsets = -blocks.zero * blocks.scales if blocks.offsets is None else blocks.offsets
-    return blocks.codes.unflatten(1, (-1, GROUP)), blocks.scales.half(), offsets.half()
+    return blocks.codes.unflatten(1, (-1, INT4_GROUP)), blocks.scales.half(), offsets.half()
 
 
 def _int4_groups(weight_PI: Tensor) -> tuple[Tensor, Tensor, Tensor]:

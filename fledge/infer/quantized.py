@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from fledge.infer import kernel_twins as twins
 from fledge.infer import kernels
-from fledge.infer.kernel_twins import GROUP, INT4_CHANNELS, INT8_CHANNELS
-
-# torch._int_mm on a GPU wants more rows than 16, and a multiple of 8.
-_INT_MM_ROWS = 32
+from fledge.infer.kernel_twins import INT4_CHANNELS, INT4_GROUP, INT8_CHANNELS, INT8_GROUP
 
 
 def _up(number: int, multiple: int) -> int:
@@ -55,7 +52,7 @@ class _Packed(nn.Module):
 
 
 class Int8Linear(_Packed):
-    """y = x W^T + b: int8 weights with a scale a channel, activations rounded to int8 with a scale a row.
+    """y = x W^T + b: int8 weights with a scale a channel, activations rounded to int8 in groups of 128.
 
     Float in, the same type out. `packed`, `scales` from `quantize.int8_matrix`; left out, they are made to be loaded.
     """
@@ -78,17 +75,12 @@ class Int8Linear(_Packed):
             if x.dtype == torch.float32:  # the usual case calls nothing else: small models feel every call
                 return kernels.linear_int8(x, self.packed, self.scales, self.bias)
             return kernels.linear_int8(x.float(), self.packed, self.scales, self.bias).to(x.dtype)
-        x_MK = x.reshape(-1, self.in_features).float()
-        bytes_MK, scale_M1 = twins.quantize_rows(x_MK)
-        sums_MN = _int_matmul(bytes_MK.to(torch.int8), self.plain())[:, : self.out_features]
-        y_MN = sums_MN.float() * scale_M1 * self.scales
-        if self.bias is not None:
-            y_MN = y_MN + self.bias
-        return y_MN.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        # Converted at each use: a second copy, four times as large, would be what was to be saved.
+        y = F.linear(_rounded(x, INT8_GROUP), self.plain().float()) * self.scales
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def _unpack(self) -> Tensor:
-        weight_NK = twins.unpack_int8(self.packed, self.out_features, self.in_features)
-        return F.pad(weight_NK, (0, -self.in_features % 8, 0, -self.out_features % 8))  # as torch._int_mm wants it
+        return twins.unpack_int8(self.packed, self.out_features, self.packed.shape[1] * 4)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -96,14 +88,14 @@ class Int8Linear(_Packed):
 
 class Int4Linear(_Packed):
     """y = x W^T + b: 4-bit weights, each group of 32 inputs with a scale and a minimum; activations rounded to int8
-    with a scale a group. Float in, the same type out. `packed` from `quantize.int4_matrix`."""
+    in the same groups. Float in, the same type out. `packed` from `quantize.int4_matrix`."""
 
     def __init__(self, in_features: int, out_features: int, *, packed: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         shape = (
             _up(out_features, INT4_CHANNELS) // INT4_CHANNELS,
-            _up(in_features, GROUP) // GROUP,
+            _up(in_features, INT4_GROUP) // INT4_GROUP,
             20 * INT4_CHANNELS,
         )
         self.register_buffer("packed", torch.zeros(shape, dtype=torch.uint8) if packed is None else packed)
@@ -115,13 +107,7 @@ class Int4Linear(_Packed):
             if x.dtype == torch.float32:
                 return kernels.linear_int4(x, self.packed, self.out_features, self.bias)
             return kernels.linear_int4(x.float(), self.packed, self.out_features, self.bias).to(x.dtype)
-        x_MK = x.reshape(-1, self.in_features).float()
-        x_MGI = F.pad(x_MK, (0, -self.in_features % GROUP)).unflatten(1, (-1, GROUP))
-        bytes_MGI, scale_MG1 = twins.quantize_rows(x_MGI)
-        y_MN = (bytes_MGI * scale_MG1).flatten(1) @ self.plain().mT
-        if self.bias is not None:
-            y_MN = y_MN + self.bias
-        return y_MN.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return F.linear(_rounded(x, INT4_GROUP), self.plain(), self.bias).to(x.dtype)
 
     def _unpack(self) -> Tensor:
         nibbles_NGI, scales_NG, minima_NG = twins.unpack_int4(self.packed, self.out_features)
@@ -158,12 +144,11 @@ class Int8Embedding(nn.Module):
 
 def _int8_shape(num_channels: int, width: int) -> tuple[int, int, int, int]:
     num_blocks = _up(num_channels, INT8_CHANNELS) // INT8_CHANNELS
-    return num_blocks, _up(width, kernels.INPUTS_MULTIPLE) // 4, INT8_CHANNELS, 4
+    return num_blocks, _up(width, INT8_GROUP) // 4, INT8_CHANNELS, 4
 
 
-def _int_matmul(bytes_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """int32 (M, N): exact. Rows are filled up to what a GPU's integer kernels take."""
-    num_rows, width = bytes_MK.shape
-    missing = max(_INT_MM_ROWS, _up(num_rows, 8)) - num_rows
-    filled = F.pad(bytes_MK, (0, weight_NK.shape[1] - width, 0, missing))
-    return torch._int_mm(filled, weight_NK.mT)[:num_rows]
+def _rounded(x: Tensor, group: int) -> Tensor:
+    """float32 (..., K rounded up to whole groups): x as the kernels see it, each group rounded to 255 values."""
+    groups = F.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    numbers, scales = twins.quantize_rows(groups)
+    return (numbers * scales).flatten(-2)

@@ -90,8 +90,8 @@ def test_torch_compile_traces_the_operators() -> None:
 
 def int4_case(num_channels: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(0)
-    shape = (num_channels, -(-width // kernels.GROUP))
-    nibbles_NGI = torch.randint(0, 16, (*shape, kernels.GROUP), generator=random).to(torch.uint8)
+    shape = (num_channels, -(-width // twins.INT4_GROUP))
+    nibbles_NGI = torch.randint(0, 16, (*shape, twins.INT4_GROUP), generator=random).to(torch.uint8)
     scales_NG = torch.rand(shape, generator=random).half()
     return nibbles_NGI, scales_NG, (-8 * torch.rand(shape, generator=random)).half(), torch.randn(num_channels)
 

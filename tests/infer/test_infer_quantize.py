@@ -198,7 +198,8 @@ def test_a_quantised_checkpoint_comes_back_bit_for_bit(
     assert loaded.hash == hashed
     assert loaded.info.parents == {quantize.ROLE: saved.hash}
     size, before = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "float"))
-    assert size < 0.45 * before
+    # The inputs of so narrow a layer fill up to a whole group: of 128 in int8, of 32 in int4.
+    assert size < (0.55 if target == "int8" else 0.45) * before
 
 
 def test_a_quantised_checkpoint_is_not_read_as_a_plain_one_nor_quantised_again(

@@ -1,11 +1,17 @@
-// Activations to signed bytes: symmetric, one scale for a row or for each group of it.
+// Activations to signed bytes: symmetric, a scale for each group of a row, so that no row depends on another.
 
 #pragma once
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
+
+#include "kernels.h"
 
 namespace fledge {
 
@@ -39,6 +45,26 @@ inline float quantize(const float* x, int64_t count, int8_t* bytes, int32_t* tot
   }
   *total = added;
   return largest / QMAX;
+}
+
+struct Activations {
+  std::vector<int8_t> bytes;    // (rows, groups x group), zeros behind a row's end
+  std::vector<float> scales;    // (rows, groups)
+  std::vector<int32_t> totals;  // of the bytes of each group
+};
+
+inline Activations quantize_rows(const float* x, int64_t num_rows, int64_t x_width, int64_t num_groups, int64_t group) {
+  const int64_t count = num_rows * num_groups;
+  Activations to{std::vector<int8_t>(count * group), std::vector<float>(count), std::vector<int32_t>(count)};
+  const int64_t rows_a_task = std::max<int64_t>(1, TASK_BYTES / x_width);
+  at::parallel_for(0, num_rows, rows_a_task, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t g = 0; g < num_groups; ++g) {
+        const int64_t at = row * num_groups + g, length = std::min(group, x_width - g * group);
+        to.scales[at] = quantize(x + row * x_width + g * group, length, &to.bytes[at * group], &to.totals[at]);
+      }
+  });
+  return to;
 }
 
 }  // namespace fledge

@@ -12,14 +12,16 @@ constexpr int INT4_CHANNELS = 16;
 // Work below this many bytes of weights is not worth waking a thread for.
 constexpr int64_t TASK_BYTES = 65536;
 
-// y (num_rows, num_channels) = x (num_rows, x_width) times w, packed as linear_int8.cpp says, `width` inputs a channel:
-// x_width rounded up to a multiple of 16. `bias` may be null.
-void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t width,
+// Inputs that share a scale: of the activations in both, of the weights too (and a minimum) in int4.
+constexpr int64_t INT8_GROUP = 128;
+constexpr int64_t INT4_GROUP = 32;
+
+// y (num_rows, num_channels) = x (num_rows, x_width) times w, packed as linear_int8.cpp says, `num_groups` groups of
+// inputs a channel: x_width / 128 rounded up. `bias` may be null.
+void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
                  const float* w_scales, const float* bias, float* y, int64_t num_channels);
 
-constexpr int64_t GROUP = 32;  // inputs that share a scale and a minimum
-
-// As above with 4-bit weights, packed as linear_int4.cpp says, `num_groups` groups a channel: x_width / 32 rounded up.
+// As above with 4-bit weights, packed as linear_int4.cpp says; x_width / 32 groups, rounded up.
 void linear_int4(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
                  const float* bias, float* y, int64_t num_channels);
 

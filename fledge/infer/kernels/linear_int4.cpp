@@ -9,7 +9,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "activations.h"
 #include "kernels.h"
@@ -19,6 +18,7 @@ namespace fledge {
 namespace {
 
 constexpr int CHANNELS = INT4_CHANNELS;
+constexpr int64_t GROUP = INT4_GROUP;
 static_assert(CHANNELS == FLOATS);
 constexpr int64_t QUADS = 4;  // times 64 bytes of a group
 constexpr int64_t QUAD_BYTES = 4 * CHANNELS;
@@ -26,16 +26,10 @@ constexpr int64_t GROUP_BYTES = QUADS * QUAD_BYTES + 4 * CHANNELS;
 // As many rows at once as their sums fit into the registers beside the weights of a group.
 constexpr int MAX_ROWS = LANES == 16 ? 12 : 2;
 
-struct Activations {
-  std::vector<int8_t> bytes;   // (rows, width)
-  std::vector<float> scales;   // (rows, groups)
-  std::vector<float> weighted;  // scale times the sum of the group's bytes
-};
-
 struct Problem {
-  const int8_t* bytes;
-  const float* scales;
-  const float* weighted;
+  const int8_t* bytes;    // (rows, width)
+  const float* scales;    // (rows, groups)
+  const int32_t* totals;  // of the bytes of each group
   const float* bias;
   float* y;
   int64_t num_groups, num_channels;
@@ -91,14 +85,15 @@ void tile(const uint8_t* w, const Problem& problem, int64_t row, int64_t first) 
   for (int64_t g = 0; g < num_groups; ++g) {
     const uint8_t* group = w + g * GROUP_BYTES;
     const float* scales = problem.scales + row * num_groups + g;
-    const float* weighted = problem.weighted + row * num_groups + g;
+    const int32_t* totals = problem.totals + row * num_groups + g;
     const F32 scale = halves(group + QUADS * QUAD_BYTES);
     const F32 minimum = halves(group + QUADS * QUAD_BYTES + 2 * CHANNELS);
     F32 exact[ROWS];
     group_sums<ROWS>(group, x + g * GROUP, stride, exact);
     unrolled<ROWS>([&](auto r) INLINE {
-      acc[r] = fma(exact[r] * fill(scales[r * num_groups]), scale, acc[r]);
-      acc[r] = fma(fill(weighted[r * num_groups]), minimum, acc[r]);
+      const float own = scales[r * num_groups];
+      acc[r] = fma(exact[r] * fill(own), scale, acc[r]);
+      acc[r] = fma(fill(own * float(totals[r * num_groups])), minimum, acc[r]);
     });
   }
   alignas(64) float lanes[ROWS][CHANNELS];
@@ -110,27 +105,12 @@ void tile(const uint8_t* w, const Problem& problem, int64_t row, int64_t first) 
   }
 }
 
-Activations quantize_rows(const float* x, int64_t num_rows, int64_t x_width, int64_t num_groups) {
-  Activations to{std::vector<int8_t>(num_rows * num_groups * GROUP), std::vector<float>(num_rows * num_groups),
-                 std::vector<float>(num_rows * num_groups)};
-  const int64_t rows_a_task = std::max<int64_t>(1, TASK_BYTES / x_width);
-  at::parallel_for(0, num_rows, rows_a_task, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin * num_groups; at < end * num_groups; ++at) {
-      const int64_t row = at / num_groups, first = at % num_groups * GROUP;
-      int32_t total = 0;
-      to.scales[at] = quantize(x + row * x_width + first, std::min(GROUP, x_width - first), &to.bytes[at * GROUP], &total);
-      to.weighted[at] = to.scales[at] * float(total);
-    }
-  });
-  return to;
-}
-
 }  // namespace
 
 void linear_int4(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
                  const float* bias, float* y, int64_t num_channels) {
-  const Activations activations = quantize_rows(x, num_rows, x_width, num_groups);
-  const Problem problem{activations.bytes.data(), activations.scales.data(), activations.weighted.data(), bias, y,
+  const Activations activations = quantize_rows(x, num_rows, x_width, num_groups, GROUP);
+  const Problem problem{activations.bytes.data(), activations.scales.data(), activations.totals.data(), bias, y,
                         num_groups, num_channels};
   const int64_t num_blocks = (num_channels + CHANNELS - 1) / CHANNELS, block_bytes = num_groups * GROUP_BYTES;
   at::parallel_for(0, num_blocks, std::max<int64_t>(1, TASK_BYTES / block_bytes), [&](int64_t begin, int64_t end) {

@@ -1,14 +1,15 @@
-// y = x W^T + b with int8 weights (a scale for every output channel) and int8 activations (a scale for every row).
+// y = x W^T + b with int8 weights (a scale for every output channel) and int8 activations, which have a scale for each
+// 128 inputs of a row: one outlier, and language models have them, then spoils the rounding of its group only.
 //
 // Weights stand as w + 128 in unsigned bytes, in blocks of 32 channels: within a block, four consecutive inputs of
 // channel 0, the same four of channel 1, ..., then the next four inputs. A block is one stream of memory, and the
-// multiply-add of four byte pairs (VNNI) has its operands side by side. Sums are exact integers; whatever the tile, the
-// number of rows or the number of threads, a row's result is the same to the last bit.
+// multiply-add of four byte pairs (VNNI) has its operands side by side. Sums within a group are exact integers; groups
+// are added up in their order, with a product and a sum that round apart. So a row's result is the same to the last bit
+// on every machine, whatever the tile, the number of rows or the number of threads.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "activations.h"
 #include "kernels.h"
@@ -18,80 +19,102 @@ namespace fledge {
 namespace {
 
 constexpr int CHANNELS = INT8_CHANNELS;
+constexpr int64_t GROUP = INT8_GROUP;
 constexpr int VECTORS = CHANNELS / LANES;
-// As many rows at once as accumulators fit into the registers.
-constexpr int MAX_ROWS = LANES == 16 ? 12 : LANES == 8 ? 2 : 1;
+constexpr int HALVES = CHANNELS / FLOATS;
+// As many rows at once as their sums, of a group and of all, fit into the registers.
+constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 2 : 1;
 
-struct Scaled {
-  const float* x_scales;
-  const int32_t* x_totals;
+struct Problem {
+  const int8_t* bytes;    // (rows, width)
+  const float* scales;    // (rows, groups)
+  const int32_t* totals;  // of the bytes of each group
   const float* w_scales;
   const float* bias;
   float* y;
-  int64_t num_channels;
+  int64_t num_groups, num_channels;
 };
 
-void finish(const int32_t* acc, const Scaled& to, int64_t row, int64_t first) {
-  const int64_t count = std::min<int64_t>(CHANNELS, to.num_channels - first);
-  const int32_t offset = 128 * to.x_totals[row];
-  const float x_scale = to.x_scales[row];
-  float* y = to.y + row * to.num_channels + first;
-  for (int64_t i = 0; i < count; ++i) {
-    const float scaled = float(acc[i] - offset) * x_scale * to.w_scales[first + i];
-    y[i] = to.bias ? scaled + to.bias[first + i] : scaled;
-  }
-}
-
+// The sums of one group: row by row, a float for every channel. One row alone would wait for its own sums: it keeps
+// several and adds them up at the end.
 template <int ROWS>
-void tile(const uint8_t* w, const int8_t* x, int64_t width, const Scaled& to, int64_t row, int64_t first) {
-  // One row alone would wait for its own sums: it keeps several and adds them up at the end.
+INLINE inline void group_sums(const uint8_t* w, const int8_t* x, int64_t stride, const int32_t* totals, int64_t num_groups,
+                              F32 (&out)[ROWS][HALVES]) {
   constexpr int CHAINS = ROWS == 1 ? 4 : 1;
   I32 acc[ROWS][CHAINS][VECTORS];
   unrolled<ROWS>([&](auto r) INLINE {
-    unrolled<CHAINS>([&](auto c) INLINE { unrolled<VECTORS>([&](auto v) INLINE { acc[r][c][v] = zero(); }); });
+    const I32 offset = broadcast(-128 * totals[r * num_groups]);  // weights stand 128 too high
+    unrolled<CHAINS>([&](auto c) INLINE {
+      unrolled<VECTORS>([&](auto v) INLINE { acc[r][c][v] = c == 0 ? offset : zero(); });
+    });
   });
-  for (int64_t k = 0; k < width; k += 4 * CHAINS) {
+  for (int64_t k = 0; k < GROUP; k += 4 * CHAINS) {
     unrolled<CHAINS>([&](auto c) INLINE {
       const uint8_t* from = w + (k + 4 * c) * CHANNELS;
       Bytes weights[VECTORS];
       unrolled<VECTORS>([&](auto v) INLINE { weights[v] = load_bytes(from + 4 * LANES * v); });
       unrolled<ROWS>([&](auto r) INLINE {
-        const Bytes four = shared(x + r * width + k + 4 * c);
+        const Bytes four = shared(x + r * stride + k + 4 * c);
         unrolled<VECTORS>([&](auto v) INLINE { acc[r][c][v] = dot(acc[r][c][v], weights[v], four); });
       });
     });
   }
-  alignas(64) int32_t sums[ROWS][CHANNELS];
   unrolled<ROWS>([&](auto r) INLINE {
-    unrolled<VECTORS>([&](auto v) INLINE {
-      I32 total = acc[r][0][v];
-      for (int c = 1; c < CHAINS; ++c) total = add(total, acc[r][c][v]);
-      store(sums[r] + LANES * v, total);
+    unrolled<HALVES>([&](auto h) INLINE {
+      constexpr int PER_HALF = VECTORS / HALVES;
+      I32 whole[PER_HALF];
+      unrolled<PER_HALF>([&](auto v) INLINE {
+        I32 total = acc[r][0][h * PER_HALF + v];
+        unrolled<CHAINS - 1>([&](auto c) INLINE { total = add(total, acc[r][c + 1][h * PER_HALF + v]); });
+        whole[v] = total;
+      });
+      out[r][h] = to_floats(whole);
     });
   });
-  for (int r = 0; r < ROWS; ++r) finish(sums[r], to, row + r, first);
+}
+
+template <int ROWS>
+void tile(const uint8_t* w, const Problem& problem, int64_t row, int64_t first) {
+  const int64_t num_groups = problem.num_groups, stride = num_groups * GROUP;
+  const int8_t* x = problem.bytes + row * stride;
+  const float* scales = problem.scales + row * num_groups;
+  const int32_t* totals = problem.totals + row * num_groups;
+  F32 acc[ROWS][HALVES];
+  unrolled<ROWS>([&](auto r) INLINE { unrolled<HALVES>([&](auto h) INLINE { acc[r][h] = F32{}; }); });
+  for (int64_t g = 0; g < num_groups; ++g) {
+    F32 exact[ROWS][HALVES];
+    group_sums<ROWS>(w + g * GROUP * CHANNELS, x + g * GROUP, stride, totals + g, num_groups, exact);
+    unrolled<ROWS>([&](auto r) INLINE {
+      const F32 scale = fill(scales[r * num_groups + g]);
+      unrolled<HALVES>([&](auto h) INLINE { acc[r][h] = acc[r][h] + exact[r][h] * scale; });
+    });
+  }
+  alignas(64) float lanes[ROWS][CHANNELS];
+  unrolled<ROWS>([&](auto r) INLINE {
+    unrolled<HALVES>([&](auto h) INLINE { store(lanes[r] + h * FLOATS, acc[r][h]); });
+  });
+  const int64_t count = std::min<int64_t>(CHANNELS, problem.num_channels - first);
+  for (int r = 0; r < ROWS; ++r) {
+    float* y = problem.y + (row + r) * problem.num_channels + first;
+    for (int64_t i = 0; i < count; ++i) {
+      const float scaled = lanes[r][i] * problem.w_scales[first + i];
+      y[i] = problem.bias ? scaled + problem.bias[first + i] : scaled;
+    }
+  }
 }
 
 }  // namespace
 
-void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t width,
+void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
                  const float* w_scales, const float* bias, float* y, int64_t num_channels) {
-  std::vector<int8_t> bytes(num_rows * width);
-  std::vector<float> scales(num_rows);
-  std::vector<int32_t> totals(num_rows);
-  auto quantize_rows = [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      scales[row] = quantize(x + row * x_width, x_width, bytes.data() + row * width, &totals[row]);
-  };
-  const int64_t rows_a_task = std::max<int64_t>(1, TASK_BYTES / x_width);
-  at::parallel_for(0, num_rows, rows_a_task, quantize_rows);
-  const Scaled to{scales.data(), totals.data(), w_scales, bias, y, num_channels};
-  const int64_t num_blocks = (num_channels + CHANNELS - 1) / CHANNELS;
-  const int64_t blocks_a_task = std::max<int64_t>(1, TASK_BYTES / (CHANNELS * width));
-  at::parallel_for(0, num_blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
+  const Activations activations = quantize_rows(x, num_rows, x_width, num_groups, GROUP);
+  const Problem problem{activations.bytes.data(), activations.scales.data(), activations.totals.data(), w_scales, bias, y,
+                        num_groups, num_channels};
+  const int64_t num_blocks = (num_channels + CHANNELS - 1) / CHANNELS, block_bytes = num_groups * GROUP * CHANNELS;
+  at::parallel_for(0, num_blocks, std::max<int64_t>(1, TASK_BYTES / block_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       tiles<MAX_ROWS>(num_rows, [&](int64_t row, auto rows) {
-        tile<rows>(w + block * CHANNELS * width, bytes.data() + row * width, width, to, row, block * CHANNELS);
+        tile<rows>(w + block * block_bytes, problem, row, block * CHANNELS);
       });
   });
 }

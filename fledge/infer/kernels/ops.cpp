@@ -23,18 +23,19 @@ Tensor with_last(const Tensor& x, int64_t width) {
 
 Tensor linear_int8(const Tensor& x, const Tensor& w, const Tensor& scales, const std::optional<Tensor>& bias) {
   const Tensor rows = x.contiguous();
-  const int64_t x_width = rows.size(-1), width = w.size(1) * 4, num_channels = scales.size(0);
+  const int64_t x_width = rows.size(-1), num_groups = w.size(1) * 4 / fledge::INT8_GROUP, num_channels = scales.size(0);
   TORCH_CHECK(rows.scalar_type() == at::kFloat, "fledge::linear_int8: x must be float32");
   TORCH_CHECK(w.dim() == 4 && w.size(2) == fledge::INT8_CHANNELS && w.size(3) == 4 && w.is_contiguous() &&
                   scales.is_contiguous() && (!bias.has_value() || bias->is_contiguous()),
               "fledge::linear_int8: weights are not packed");
-  TORCH_CHECK(x_width <= width && width < x_width + 16 && num_channels <= w.size(0) * fledge::INT8_CHANNELS &&
+  TORCH_CHECK((x_width + fledge::INT8_GROUP - 1) / fledge::INT8_GROUP * fledge::INT8_GROUP == w.size(1) * 4 &&
+                  num_channels <= w.size(0) * fledge::INT8_CHANNELS &&
                   (!bias.has_value() || bias->size(0) == num_channels),
               "fledge::linear_int8: shapes differ");
   Tensor y = with_last(rows, num_channels);
   if (y.numel() > 0)
     fledge::linear_int8(rows.const_data_ptr<float>(), rows.numel() / x_width, x_width, w.const_data_ptr<uint8_t>(),
-                        width, scales.const_data_ptr<float>(), floats(bias), y.mutable_data_ptr<float>(), num_channels);
+                        num_groups, scales.const_data_ptr<float>(), floats(bias), y.mutable_data_ptr<float>(), num_channels);
   return y;
 }
 
@@ -45,7 +46,7 @@ Tensor linear_int4(const Tensor& x, const Tensor& w, int64_t num_channels, const
   TORCH_CHECK(w.dim() == 3 && w.size(2) == 20 * fledge::INT4_CHANNELS && w.is_contiguous() &&
                   (!bias.has_value() || bias->is_contiguous()),
               "fledge::linear_int4: weights are not packed");
-  TORCH_CHECK((x_width + fledge::GROUP - 1) / fledge::GROUP == num_groups &&
+  TORCH_CHECK((x_width + fledge::INT4_GROUP - 1) / fledge::INT4_GROUP == num_groups &&
                   num_channels <= w.size(0) * fledge::INT4_CHANNELS && (!bias.has_value() || bias->size(0) == num_channels),
               "fledge::linear_int4: shapes differ");
   Tensor y = with_last(rows, num_channels);

@@ -107,6 +107,7 @@ constexpr int LANES = 16;
 typedef __m512i I32;
 typedef __m512i Bytes;
 inline I32 zero() { return _mm512_setzero_si512(); }
+inline I32 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
 inline Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
 inline Bytes shared(const int8_t* four) {
   int32_t word;
@@ -115,7 +116,6 @@ inline Bytes shared(const int8_t* four) {
 }
 inline I32 dot(I32 acc, Bytes weights, Bytes four) { return _mm512_dpbusd_epi32(acc, weights, four); }
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
-inline void store(int32_t* to, I32 x) { _mm512_storeu_si512(to, x); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 
@@ -125,6 +125,7 @@ constexpr int LANES = 8;
 typedef __m256i I32;
 typedef __m256i Bytes;
 inline I32 zero() { return _mm256_setzero_si256(); }
+inline I32 broadcast(int32_t x) { return _mm256_set1_epi32(x); }
 inline Bytes load_bytes(const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline Bytes shared(const int8_t* four) {
   int32_t word;
@@ -139,7 +140,6 @@ inline I32 dot(I32 acc, Bytes weights, Bytes four) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(odd_w, odd_x));
 }
 inline I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
-inline void store(int32_t* to, I32 x) { _mm256_storeu_si256((__m256i*)to, x); }
 inline Bytes low_nibbles(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 
@@ -153,6 +153,7 @@ struct Bytes {
   uint8_t byte[4 * LANES];
 };
 inline I32 zero() { return I32{}; }
+inline I32 broadcast(int32_t x) { return I32{{x, x, x, x}}; }
 inline Bytes load_bytes(const uint8_t* from) {
   Bytes x;
   std::memcpy(x.byte, from, sizeof x.byte);
@@ -172,7 +173,6 @@ inline I32 add(I32 a, I32 b) {
   for (int i = 0; i < LANES; ++i) a.lane[i] += b.lane[i];
   return a;
 }
-inline void store(int32_t* to, I32 x) { std::memcpy(to, x.lane, sizeof x.lane); }
 inline Bytes low_nibbles(Bytes x) {
   for (auto& byte : x.byte) byte &= 15;
   return x;
