@@ -63,7 +63,7 @@ def test_certainty_is_never_claimed_of_few_prompts() -> None:
     assert health.wilson(Interval(0.5, 0.5, 0.5), 4).low == pytest.approx(0.1500, abs=1e-3)
 
 
-def test_groups_are_by_source_labeler_makers_and_confidence() -> None:
+def test_c18_groups_are_by_source_labeler_makers_and_confidence() -> None:
     ann = Judgement("human", "ann", confidence=9)
     bot = Judgement("ai", "m", confidence=1)
     some = [scored(RIGHT, judgement=ann)] * 3 + [scored(WRONG, source="there", judgement=bot)]

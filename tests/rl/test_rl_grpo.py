@@ -297,6 +297,16 @@ def test_c50_run_that_is_resumed_equals_the_uninterrupted_one_to_the_bit():
     assert all(torch.equal(tensor, whole.tensors()[name]) for name, tensor in resumed.tensors().items())
 
 
+def test_c50_prompts_of_a_resumed_run_go_on_behind_the_last_draw_not_behind_the_last_round():
+    config, world = replace(SMALL, redraws=2), toy.world(lambda episodes: torch.ones(16))
+    whole, resumed = grpo(config, world), grpo(config, world)
+    whole.round()
+    assert whole.num_draws == 3
+    tensors = {name: tensor.clone() for name, tensor in whole.tensors().items()}
+    resumed.load(tensors, json.loads(json.dumps(whole.scalars())))
+    assert resumed.round().prompts == whole.round().prompts
+
+
 def test_state_of_other_models_is_refused():
     run = grpo()
     with pytest.raises(CheckpointError, match="other models"):

@@ -69,6 +69,11 @@ def test_c33_scores_are_normalised_then_clipped_and_the_price_of_a_missing_end_i
     assert shape_scores(SCORES, ENDED, unclipped, moments).tolist() == pytest.approx([1.0, -4.0, -0.5])
 
 
+def test_c33_scores_are_clipped_from_above_and_from_below():
+    config = RewardConfig(missing_end_score=None, clip=1.5)
+    assert shape_scores(SCORES, ENDED, config, Moments()).tolist() == [1.5, -1.5, 0.5]
+
+
 def test_running_moments_equal_those_of_all_scores_together():
     parts = torch.randn(60, generator=torch.Generator().manual_seed(1)).mul(3).add(2).split([7, 1, 52])
     moments = Moments()
