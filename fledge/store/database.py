@@ -2,11 +2,14 @@
 
 SQLite in the server's folder by default, in write-ahead mode, with nothing to set up; PostgreSQL by a URL. A unit of
 work is one `reading` or `writing` block. In SQLite a writing block takes the write lock at its beginning and waits
-for it up to `BUSY_SECONDS`, so that two writers never find out in the middle that they cannot both go on.
+for it up to `BUSY_SECONDS`, so that two writers never find out in the middle that they cannot both go on. SQLite lets
+whoever tries next have the lock, so that under load one may wait for ever; the writers of one process therefore take
+turns in the order they came, and only other processes are waited for by trying.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,6 +48,7 @@ class Database:
         """`url` is `sqlite:///PATH` or `postgresql://...`; `ConfigError` if it is neither or lacks its driver."""
         self._url = _with_driver(url)
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        self._turn = asyncio.Lock()
         try:
             self._engine = _connect(self._url)
         except ModuleNotFoundError as error:
@@ -71,11 +75,27 @@ class Database:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncSession]:
-        """A session whose changes come about together, at its end, or not at all."""
-        async with AsyncSession(self._engine, expire_on_commit=False) as session:
+        """A session whose changes come about together, at its end, or not at all. Never one within another."""
+        async with self._own_turn(), AsyncSession(self._engine, expire_on_commit=False) as session:
             await session.connection(execution_options=_WRITES)
             yield session
             await session.commit()
+
+    @asynccontextmanager
+    async def _own_turn(self) -> AsyncIterator[None]:
+        """Of this process's writers to SQLite; `OperationalError` if it does not come in time."""
+        if not self.is_sqlite:
+            yield
+            return
+        try:
+            async with asyncio.timeout(BUSY_SECONDS):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise OperationalError("BEGIN IMMEDIATE", None, error) from error
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     async def close(self) -> None:
         await self._engine.dispose()

@@ -191,7 +191,7 @@ def test_sigterm_lets_answers_in_progress_end_and_takes_no_more(tmp_path: Path) 
                 rest = list(lines)
             assert first.startswith("data: ")
             assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
-            assert server.wait(60) == 0
+            assert server.wait(60) in (0, -signal.SIGTERM)  # uvicorn passes the signal on once all is done
             with pytest.raises(httpx2.ConnectError):
                 httpx2.get(f"{base}/health")
         finally:

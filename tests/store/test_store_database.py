@@ -240,3 +240,21 @@ def _response(name: str, previous: str | None = None) -> ResponseRow:
 
 def test_ids_cannot_be_guessed() -> None:
     assert len({new_id("x") for _ in range(100)}) == 100
+
+
+async def test_writers_of_one_process_take_turns_in_the_order_they_came(tmp_path: Path) -> None:
+    """Under SQLite's own lock the last to come may be the first to get it, and one may wait for ever."""
+    database = Database(sqlite_url(tmp_path / "turns.db"))
+    await database.open()
+    order: list[int] = []
+
+    async def write(number: int) -> None:
+        async with database.writing():
+            order.append(number)
+            await asyncio.sleep(0.001)
+
+    try:
+        await asyncio.gather(*(write(number) for number in range(60)))
+    finally:
+        await database.close()
+    assert order == list(range(60))
