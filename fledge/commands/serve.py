@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -166,6 +167,8 @@ async def _listen(state: State, host: str, port: int) -> None:
     if state.hub.default is not None:
         await state.hub.warm(state.hub.default)
     print(f"fledge serves on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
+    # uvicorn raises the signal that ended it once more when all is drained; there is still something to close then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     await server.serve()
 
 

@@ -12,7 +12,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +77,10 @@ class Judge:
     def __call__(self, verifier: Verifier, answers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Verdict]:
         """A verdict on each (completion, record), in order."""
         return list(self._threads.map(lambda answer: self._one(verifier, *answer), answers))
+
+    def submit(self, verifier: Verifier, completion: str, record: Mapping[str, Any]) -> Future[Verdict]:
+        """One verdict, to be waited for elsewhere; it takes its turn among the workers."""
+        return self._threads.submit(self._one, verifier, completion, record)
 
     def _one(self, verifier: Verifier, completion: str, record: Mapping[str, Any]) -> Verdict:
         sandbox = self._idle.get()

@@ -91,6 +91,9 @@ class Batches:
         except (SQLAlchemyError, OSError) as error:
             log.error("batch %s waits: %s", row.id, error)
             await asyncio.sleep(RENEW_SECONDS)
+        except Exception as error:
+            log.error("batch %s waits", row.id, exc_info=error)
+            await asyncio.sleep(RENEW_SECONDS)
 
 
 class Running:
@@ -191,7 +194,9 @@ class Running:
 
     async def _answer_one(self, line: Asked, principal: Principal) -> None:
         try:
-            self._done.append(_line(line, await self._ask(line, principal), None))
+            # The answer first: what is done is another list whenever some of it has been written.
+            told = await self._ask(line, principal)
+            self._done.append(_line(line, told, None))
         except Exception as error:
             log.error("line %d of batch %s", line.number, self._row.id, exc_info=error)
             self._done.append(_line(line, Told.of(api_error(error)), None))
@@ -228,6 +233,9 @@ class Running:
         if not await self._write():
             return
         final = "failed" if errors else "expired" if self._is_late else "completed"
+        num_answered = len(await stored.answered(self._state.database, self._row.id))
+        if self._status == "in_progress" and not errors and num_answered < self._row.counts["total"]:
+            raise RuntimeError(f"{num_answered} of {self._row.counts['total']} lines are answered; it is gone on with")
         told = None if errors is None else {"object": "list", "data": errors}
         await self._change(_ENDING, lambda row: _finalize(row, final, told))
         if self._status is None:

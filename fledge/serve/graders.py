@@ -18,7 +18,7 @@ from fledge.rl.graders import GraderError, check, combined, parts_of
 from fledge.rl.judge import Verdict, Verifier
 from fledge.serve.auth import Principal, needs
 from fledge.serve.errors import refused
-from fledge.serve.sse import json_response
+from fledge.serve.sse import awaited, json_response
 from fledge.serve.state import State, state_of
 from fledge.serve.wire import Answer, FieldRule, Wire
 
@@ -75,12 +75,18 @@ async def validate(request: Request, body: ValidateRequest, _: Owner) -> Respons
 
 
 @router.post("/run", responses={200: {"model": GraderResult}})
-async def run(request: Request, body: RunRequest, _: Owner) -> Response:
+async def run(request: Request, body: RunRequest, principal: Owner) -> Response:
     """The reward of one answer. A grader that fails is no error of the request: its errors stand in the answer."""
     _require_usable(body.grader)
+    state = state_of(request)
+    job = await state.jobs.start(principal.owner, "grader", lambda _: _graded(state, body))
+    return json_response(await awaited(job, request))
+
+
+async def _graded(state: State, body: RunRequest) -> dict[str, Any]:
     began = time.perf_counter()
     parts = parts_of(body.grader)
-    verdicts = await _ask(state_of(request), parts, body.model_sample, body.item or {}, {})
+    verdicts = await _ask(state, parts, body.model_sample, body.item or {}, {})
     errors: dict[str, Any] = {**dict.fromkeys(_FLAGS, False), **dict.fromkeys(_DETAILS)}
     errors["model_grader_server_error_details"] = None
     for verdict in verdicts.values():
@@ -104,7 +110,7 @@ async def run(request: Request, body: RunRequest, _: Owner) -> Response:
     }
     sub_rewards = scores if body.grader["type"] == "multi" else {}
     told = {"reward": reward, "metadata": metadata, "sub_rewards": sub_rewards}
-    return json_response({**told, "model_grader_token_usage_per_model": {}})
+    return {**told, "model_grader_token_usage_per_model": {}}
 
 
 def _require_usable(grader: Mapping[str, Any]) -> None:
@@ -125,8 +131,8 @@ async def _ask(
     found = {}
     for name, grader in graders.items():
         verifier = Verifier("grader", {"grader": grader, **options})
-        verdicts = await asyncio.to_thread(state.judge, verifier, [(answer, {"item": item})])
-        found[name] = verdicts[0]
+        # The judge's own threads wait, so that a slow grader holds up nothing else.
+        found[name] = await asyncio.wrap_future(state.judge.submit(verifier, answer, {"item": item}))
     return found
 
 

@@ -39,16 +39,15 @@ WHEN = 1_700_000_000
 
 async def restore(database: Database, blobs: Blobs) -> None:
     """Empty every table and fill it with the seeds."""
+    digest = blobs.put(b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     async with database.writing() as session:
         for table in reversed(Base.metadata.sorted_tables):
             await session.execute(delete(table))
-    await create_key(database, KeyRequest(OWNER), KEY)
-    digest = blobs.put(b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
-    async with database.writing() as session:
         session.add_all([*_models(), *_files(digest), *_completions(), *_responses(), *_jobs(), *_batches()])
         session.add(ConversationRow(id="conv_123", created_at=WHEN, owner=OWNER, labels={"foo": "string"}))
-    async with database.writing() as session:
+        await session.flush()  # what these refer to must be there
         session.add_all([*_job_parts(), *_permissions(), *_conversation_items()])
+    await create_key(database, KeyRequest(OWNER), KEY)
 
 
 def _models() -> list[Base]:

@@ -28,8 +28,11 @@ async def main(folder: Path, port: int, control_port: int) -> None:
     config = ServerConfig(Limits(max_wrong_keys=10**9), drain_seconds=0.1)
     state = make_state(config, database, blobs, FakeLoader(), own, moderator=word_moderator())
 
+    restoring = asyncio.Lock()
+
     async def on_control(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await restore(database, blobs)
+        async with restoring:
+            await restore(database, blobs)
         writer.write(b"restored")
         writer.close()
 

@@ -43,7 +43,7 @@ async def begin(client: httpx2.AsyncClient, lines: list[Any], **others: Any) -> 
     return found
 
 
-async def ended(client: httpx2.AsyncClient, batch: dict[str, Any], seconds: float = 30) -> dict[str, Any]:
+async def ended(client: httpx2.AsyncClient, batch: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
     async with asyncio.timeout(seconds):
         while True:
             found: dict[str, Any] = (await client.get(f"{BATCHES}/{batch['id']}")).json()
@@ -53,7 +53,7 @@ async def ended(client: httpx2.AsyncClient, batch: dict[str, Any], seconds: floa
 
 
 async def until(client: httpx2.AsyncClient, batch: dict[str, Any], num_done: int) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             counts = (await client.get(f"{BATCHES}/{batch['id']}")).json()["request_counts"]
             if counts["completed"] + counts["failed"] >= num_done:
@@ -235,7 +235,7 @@ async def test_a_line_waits_for_its_keys_budget(server: Server, monkeypatch: pyt
 
 async def completed(server: Server, batch_id: str) -> BatchRow:
     """Looked at from behind, which costs no budget."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             row = await stored.find_batch(server.state.database, "carol", batch_id)
             if row is not None and row.status == "completed":
@@ -258,6 +258,6 @@ async def test_anothers_files_and_models_are_not_there_in_a_batch_either(server:
 
 
 async def test_a_server_without_batches_to_run_is_closed_at_once(tmp_path: Path) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async with serving(tmp_path, ServerConfig(drain_seconds=0.1)):
             pass
