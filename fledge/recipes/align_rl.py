@@ -51,7 +51,7 @@ from fledge.recipes.align_models import (
     weights_digest,
 )
 from fledge.recipes.align_rewards import reward_sum
-from fledge.recipes.episodes import episode_lines
+from fledge.recipes.episodes import episode_lines, keep_episodes
 from fledge.recipes.episodes_page import EPISODES
 from fledge.recipes.report import Fact
 from fledge.recipes.training import Keeper, record_step
@@ -156,8 +156,8 @@ def _one_round(sitting: Sitting) -> Metrics:
             metrics["gold_proxy_score"] = look.proxy
     tokens = int(done.rollout.action_mask_BT.sum())
     context.add_cost(tokens=tokens, busy_seconds=time.perf_counter() - began)
-    for line in episode_lines(done, sitting.start.tokenizer, context.plan.episodes_kept):
-        sitting.episodes.write({"stage": context.name, "step": number, **line})
+    lines = episode_lines(done, sitting.start.tokenizer, context.plan.episodes_kept)
+    keep_episodes(sitting.episodes, {"stage": context.name, "step": number}, lines)
     return metrics
 
 

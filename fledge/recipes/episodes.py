@@ -6,13 +6,14 @@ function gave the state before it (PPO alone), and the advantage it was trained 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from fledge.rl.world import Round
 from fledge.text.tokenizer import StreamDecoder, Tokenizer
+from fledge.train.metrics import JsonLines
 
 
 def episode_lines(done: Round, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
@@ -43,6 +44,12 @@ def episode_lines(done: Round, tokenizer: Tokenizer, count: int) -> list[dict[st
             }
         )
     return lines
+
+
+def keep_episodes(log: JsonLines, where: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the lines of a round; `where` says of which stage and step they are."""
+    for line in lines:
+        log.write({**where, **line})
 
 
 def pieces(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:

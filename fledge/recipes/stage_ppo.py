@@ -14,6 +14,8 @@ from fledge.models.scalar import ScalarModel
 from fledge.objectives.clipped_policy import action_logprobs
 from fledge.objectives.scores import read_scores
 from fledge.recipes.chats import prompts
+from fledge.recipes.episodes import episode_lines, keep_episodes
+from fledge.recipes.episodes_page import EPISODES
 from fledge.recipes.report import Curve, Fact, Series
 from fledge.recipes.stage_corpus import Texts, chats_of, document_numbers, open_texts
 from fledge.recipes.stage_text import mixed
@@ -28,6 +30,7 @@ from fledge.types import Metrics
 
 # Four graphs (with and without gradients, two kinds of model) take most of a minute to compile; they save a third.
 COMPILED_FROM_EPISODES = 10_000
+EPISODES_KEPT = 4  # of every round, token by token, for the page beside the card
 
 
 def ppo_stage(context: Context) -> None:
@@ -51,6 +54,7 @@ def _align(context: Context, plan: PPOConfig) -> None:
         ppo.load(saved[1], saved[2])
     keeper, flops = Keeper(context), _round_flops(context, plan, sft)
     log = JsonLines(context.run / "metrics.jsonl", ppo.round_number, stage=context.name)
+    episodes = JsonLines(context.path / EPISODES, ppo.round_number, stage=context.name)
     gold_scorer = RewardModelScorer(judge)
     try:
         with context.interrupts.deferred():
@@ -61,9 +65,12 @@ def _align(context: Context, plan: PPOConfig) -> None:
                 tokens = int(done.rollout.action_mask_BT.sum())
                 context.add_cost(tokens=tokens, flops=flops, busy_seconds=time.perf_counter() - began)
                 record_step(context, log, ppo.round_number, plan.rounds, metrics)
+                where = {"stage": context.name, "step": ppo.round_number}
+                keep_episodes(episodes, where, episode_lines(done, sft.tokenizer, EPISODES_KEPT))
                 keeper.after_step(ppo.round_number, plan.rounds, lambda: (ppo.tensors(), ppo.scalars()))
     finally:
         log.close()
+        episodes.close()
     _save(context, ppo, {"reference": sft, "reward": reward})
     context.report = replace(context.report, **_report(context))
 
