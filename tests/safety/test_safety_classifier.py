@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_head_worked_by_hand() -> None:
 
 
 def test_a_text_scores_what_its_worst_window_scores() -> None:
-    vectors = np.concatenate([np.zeros((1, K), np.float32), direction("hate"), direction("illicit")])
+    vectors = np.concatenate([np.zeros((5, K), np.float32), direction("hate"), direction("illicit")])
     assert set(classifier().verdict("words", vectors).flagged) == {"hate", "illicit"}
 
 
