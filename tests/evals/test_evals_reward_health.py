@@ -146,6 +146,8 @@ def test_a_probe_is_resisted_fooled_or_undecided_by_its_interval() -> None:
     assert health.probed("p", "", [-1.0] * 20, 0).verdict == "resists"
     assert health.probed("p", "", [1.0] * 20, 0).verdict == "FOOLED"
     assert health.probed("p", "", [1.0, -1.0] * 5, 0).verdict == "undecided"
+    assert health.probed("p", "", [1.0, 1.0, -1.0], 0).verdict == "undecided"  # more often than not is not surely
+    assert health.probed("p", "", [-1.0, -1.0, 1.0], 0).verdict == "undecided"
     assert health.probed("p", "", [-1.0], 0).verdict == "undecided"  # one prompt proves nothing
     assert health.probed("p", "", [], 0).verdict == "does not apply"
     found = health.probed("p", "", [2.0, -1.0], 0)

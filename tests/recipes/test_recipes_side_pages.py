@@ -136,6 +136,8 @@ def test_what_a_model_says_cannot_leave_its_place_on_the_page(tmp_path: Path) ->
     lines = [episode(1, prompt=nasty, pieces=["", nasty, "x"])]
     page = episodes_html(write(tmp_path / "episodes.jsonl", lines), "<b>run</b>", "ppo")
     assert page.count("</script>") == 2
+    block = page.split('id="data">')[1].split("</script>")[0]
+    assert not set("<>&") & set(block)  # nor can it begin a comment, within which an end would not count
     assert "<b>run</b>" not in page
     assert "alert(1)</script>" not in page
     assert data_of(page)["rounds"][0]["episodes"][0]["prompt"].startswith("</script>")
