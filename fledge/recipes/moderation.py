@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 import fledge
 from fledge.config import config_hash, override, to_json
+from fledge.data.labelled import LabelledText
 from fledge.errors import ConfigError, DataError, Interrupted
 from fledge.files import sha256_file, write_file, write_json, write_text
 from fledge.formats.checkpoint import CheckpointInfo, LoadedModel, load_model, save_model
@@ -45,7 +46,6 @@ from fledge.safety.categories import LEARNT, SCRIPTS, script_of
 from fledge.safety.classifier import ClassifierInfo, Figures, windows
 from fledge.train.device import default_device, raise_malloc_thresholds
 from fledge.train.loop import Pairs, TrainState
-from fledge.types import LabelledText
 
 STAGE = "moderation"
 DEFAULT_NAME = "moderation"

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fledge.data.labelled import LabelledText
 from fledge.safety.categories import LEARNT, MIN_HELD_OUT, MINORS, SCRIPTS, script_of
 from fledge.safety.classifier import Figures
-from fledge.types import LabelledText
 
 _CANNOT = f"""## What it cannot do
 

@@ -19,13 +19,14 @@ from fledge.data import garak, pyrit, strongreject, toxicity
 from fledge.data import labelled as user
 from fledge.data.catalogue import source
 from fledge.data.filters import document_key, example_text
+from fledge.data.labelled import LabelledText
 from fledge.data.package import cache_home
 from fledge.errors import DataError
 from fledge.files import write_text
 from fledge.recipes.moderation_plan import Context, ModerationData
 from fledge.recipes.report import Fact, Licence
 from fledge.safety.categories import NAMES
-from fledge.types import ChatExample, LabelledText, Provenance
+from fledge.types import ChatExample, Provenance
 
 SIDES = ("train", "tune", "held_out")
 _LABELLED: dict[str, Callable[[Path], Iterator[LabelledText]]] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fledge.data import garak, labelled, pyrit, strongreject, toxicity
+from fledge.data.labelled import LabelledText
 from fledge.errors import DataError
 from fledge.safety.categories import NAMES
-from fledge.types import LabelledText
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from fledge import cli
 from fledge.config import to_json
 from fledge.data.filters import document_key
+from fledge.data.labelled import LabelledText
 from fledge.errors import ConfigError, DataError
 from fledge.formats.checkpoint import CheckpointInfo, load_model, save_model
 from fledge.infer.scoring import embed
@@ -27,7 +28,7 @@ from fledge.safety.classifier import read_classifier
 from fledge.text.chat import ChatRenderer
 from fledge.text.subwords import TokenizerConfig
 from fledge.text.tokenizer import train_tokenizer
-from fledge.types import LabelledText, Provenance
+from fledge.types import Provenance
 
 ORIGIN = Provenance("test", "1", "CC0")
 WORDS = ("garden", "rain", "tea", "book", "walk", "music", "breakfast", "sea", "stone", "window", "river", "cloud")
