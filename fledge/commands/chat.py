@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from fledge.commands.speaking import Speaker, add_speaking_arguments, load_speaker, printable, sampling_params
+from fledge.commands.speaking import (
+    Speaker,
+    add_draft_argument,
+    add_speaking_arguments,
+    load_speaker,
+    printable,
+    sampling_params,
+)
 from fledge.errors import UserError
 from fledge.recipes.runs import SERVED_STAGES, find_run
 from fledge.types import Conversation, SamplingParams
@@ -30,12 +37,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="RUN[:STAGE]", help="a run, a stage of one, or a checkpoint folder")
     parser.add_argument("--system", metavar="TEXT", help="a message of the system before the first one")
     add_speaking_arguments(parser)
+    add_draft_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the user leaves or the input ends; `UserError` for a model or a number that cannot be used."""
-    chat = Chat(args, load_speaker(args.model, args.runs))
+    chat = Chat(args, load_speaker(args.model, args.runs, args.draft))
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{chat.greeting()}. /help shows what you can type.")
@@ -107,7 +115,7 @@ class Chat:
         if not name:
             print(", ".join(_stages(find_run(self._run, self._args.runs))))
             return
-        speaker = load_speaker(f"{self._run}:{name}", self._args.runs)
+        speaker = load_speaker(f"{self._run}:{name}", self._args.runs, self._args.draft)
         self._use(speaker, sampling_params(self._args, speaker))
         print(self.greeting())
 

@@ -8,7 +8,14 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from fledge.commands.speaking import Speaker, add_speaking_arguments, load_speaker, printable, sampling_params
+from fledge.commands.speaking import (
+    Speaker,
+    add_draft_argument,
+    add_speaking_arguments,
+    load_speaker,
+    printable,
+    sampling_params,
+)
 from fledge.errors import UserError
 from fledge.types import Completion, SamplingParams
 
@@ -19,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("text", help="what to continue; - reads standard input")
     parser.add_argument("-n", type=int, default=1, dest="num", help="how many (default: %(default)s)")
     add_speaking_arguments(parser)
+    add_draft_argument(parser)
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a completion")
     parser.set_defaults(run=run)
 
@@ -28,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num < 1:
         raise UserError(f"-n {args.num}: expected 1 or more")
     text = _standard_input() if args.text == "-" else args.text
-    speaker = load_speaker(args.model, args.runs)
+    speaker = load_speaker(args.model, args.runs, args.draft)
     prompt, params = speaker.text_prompt(text), sampling_params(args, speaker)
     if args.num == 1 and not args.as_json:
         _print_stream(text, speaker, prompt, params)

@@ -15,7 +15,9 @@ from typing import Any
 from fledge.errors import RunError, UserError
 from fledge.formats.checkpoint import LoadedModel
 from fledge.infer.engine import Engine, EngineConfig
+from fledge.infer.hosted import load_draft
 from fledge.infer.quantize import load_model
+from fledge.infer.speculate import USUAL_DRAFT
 from fledge.recipes.measure import read_plan, run_of
 from fledge.recipes.runs import resolve_model
 from fledge.registry import family
@@ -96,14 +98,21 @@ def _refuse_damaged(reason: str | None, position: int) -> None:
         )
 
 
-def load_speaker(name: str, runs: Path) -> Speaker:
-    """The model of `RUN`, `RUN:STAGE` or a checkpoint folder. `UserError` if there is none, or none that speaks."""
+def load_speaker(name: str, runs: Path, draft: str | None = None) -> Speaker:
+    """The model of `RUN`, `RUN:STAGE` or a checkpoint folder. `UserError` if there is none, or none that speaks.
+
+    `draft` names a smaller model in the same ways, which guesses ahead for it (infer/speculate.py).
+    """
     directory = resolve_model(name, runs)
     loaded = load_model(directory, device=default_device(), with_soft_prompt=True)
     if family(loaded.info.family).kind != "causal":
         raise RunError(f"{directory}: a {loaded.info.family} model gives no answers; name a stage that does")
     model: Any = loaded.model
-    return Speaker(name, loaded, _context(loaded), Engine(model, loaded.tokenizer, EngineConfig(CACHE_BYTES)))
+    config, draft_model = EngineConfig(CACHE_BYTES), None
+    if draft is not None:
+        config = replace(config, num_draft=USUAL_DRAFT)
+        draft_model = load_draft(resolve_model(draft, runs), loaded.tokenizer, default_device())
+    return Speaker(name, loaded, _context(loaded), Engine(model, loaded.tokenizer, config, draft_model))
 
 
 def within(renderer: Renderer, conversation: Conversation, room: int | None, max_tokens: int) -> tuple[int, ...]:
@@ -145,6 +154,15 @@ def add_speaking_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, help="drop tokens below P times the likeliest")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
+
+
+def add_draft_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="a smaller model of the same tokenizer that guesses ahead: faster where it is often right, and the "
+        "answers stay the same",
+    )
 
 
 def sampling_params(args: argparse.Namespace, speaker: Speaker) -> SamplingParams:

@@ -37,7 +37,7 @@ from fledge.infer.speculate import DraftModel, NgramProposer, Speculator
 from fledge.infer.stepping import Stepper, Written
 from fledge.layers.lora import Adapter
 from fledge.text.tokenizer import Tokenizer
-from fledge.types import Completion, Request, TokenEvent
+from fledge.types import Completion, Grammar, Request, TokenEvent
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,15 @@ class Engine:
             # The prompt's own log-probabilities need every position of it run, once.
             reads_all = request.prompt_logprobs is not None and answer.index == 0
             self._scheduler.add(answer.live, reads_all=reads_all)
+
+    def is_prepared(self, grammar: Grammar) -> bool:
+        """Whether a request with this grammar is submitted without delay."""
+        return self._stepper.knows(grammar)
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compile a grammar for requests to come, which may take a second. The only method that may be called from
+        another thread, one call at a time, while the owner calls others. `UserError` if it cannot be used."""
+        self._stepper.grammars.check(grammar)
 
     def cancel(self, request_id: str) -> bool:
         """End a request now; the next `step` says so for each of its answers. False if there is none of that name."""

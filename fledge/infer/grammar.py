@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeVar
 
 import llguidance
 import numpy as np
@@ -37,6 +39,7 @@ from fledge.text.tokenizer import Tokenizer
 from fledge.types import Grammar
 
 Words = NDArray[np.uint32]
+ValueT = TypeVar("ValueT")
 
 CACHED_GRAMMARS = 64
 USES_OF_A_COMPILATION = 1000  # answers share its lexer, whose states only grow; then it is compiled anew
@@ -105,24 +108,34 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._limits = limits or GrammarLimits()
         self._vocab_size = vocab_size or tokenizer.vocab_size
-        names = {i: tokenizer.pieces([i])[0] for i in sorted(tokenizer.special_ids)}
+        names = {i: tokenizer.pieces([i])[0] for i in sorted(tokenizer.framing_ids)}
         every = range(tokenizer.vocab_size)
         tokens = tuple(names[i].encode() if i in names else tokenizer.token_bytes(i) for i in every)
         self._special = {name: i for i, name in names.items()}
-        vocabulary = Vocabulary(tokens, tuple(names), tokenizer.end_of_text_id, tokenizer.encode)
+        vocabulary = Vocabulary(tokens, tuple(names), tokenizer.end_of_text_id, tokenizer.encode_spoken)
         self._library = vocabulary.of_library()
         self._executor = llguidance.LLExecutor()
         self._trial = GuardedTrial(vocabulary, self._limits)
         self._compiled: OrderedDict[Grammar, _Compiled] = OrderedDict()
         self._refused: OrderedDict[Grammar, str] = OrderedDict()  # so that none costs its time twice
+        self._lock = threading.Lock()  # of these two
+        self._guarding = threading.Lock()  # the guard hears one grammar at a time
         self._num_words = (tokenizer.vocab_size + 31) // 32
         self._text = self._packed(i for i in every if i not in names and tokens[i])
         self._profiles: dict[tuple[frozenset[int], frozenset[int]], int] = {}
         self._allowed_PW: Words = np.zeros((0, self._num_words), dtype=np.uint32)
         self._stops_PW: Words = np.zeros((0, self._num_words), dtype=np.uint32)
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether it is compiled or refused already, so that asking for a matcher costs next to nothing."""
+        with self._lock:
+            return grammar in self._compiled or grammar in self._refused
+
     def check(self, grammar: Grammar) -> None:
-        """`UserError` if the grammar cannot be used."""
+        """Compile the grammar for `matcher`. `UserError` if it cannot be used.
+
+        May be called by another thread than everything else.
+        """
         self._compile(grammar)
 
     def matcher(self, grammar: Grammar, stop_ids: Collection[int]) -> GrammarMatcher:
@@ -134,7 +147,7 @@ class GrammarCompiler:
         compiled = self._compile(grammar)
         compiled.num_uses += 1
         if compiled.num_uses >= USES_OF_A_COMPILATION:
-            del self._compiled[grammar]
+            self._forget(grammar)
         stops = frozenset(i for i in stop_ids if 0 <= i < self._tokenizer.vocab_size)
         stops = stops or frozenset((self._tokenizer.end_of_text_id,))
         named = _named_specials(grammar, self._special) - {self._tokenizer.pad_id}
@@ -150,9 +163,9 @@ class GrammarCompiler:
         sizes = [1 + len(draft) for _, draft in rows]
         starts = [0, *np.cumsum(sizes).tolist()]
         words_NW: Words = np.full((starts[-1], self._num_words), 0xFFFFFFFF, dtype=np.uint32)
-        live = [(r, *row) for r, row in enumerate(rows) if row[0].failure is None]
+        live = [(r, m, self._known(draft)) for r, (m, draft) in enumerate(rows) if m.failure is None]
         self._fill([(m._inner, starts[r]) for r, m, draft in live if not draft], words_NW)
-        self._fill_drafted([(m._inner, starts[r], list(draft)) for r, m, draft in live if draft], words_NW)
+        self._fill_drafted([(m._inner, starts[r], draft) for r, m, draft in live if draft], words_NW)
         profile_N = np.repeat([matcher._profile for matcher, _ in rows], sizes)
         eos = self._tokenizer.end_of_text_id
         may_stop_N = (words_NW[:, eos // 32] >> np.uint32(eos % 32)) & np.uint32(1)
@@ -170,6 +183,10 @@ class GrammarCompiler:
     def close(self) -> None:
         self._trial.close()
 
+    def _known(self, draft: Sequence[int]) -> list[int]:
+        """A draft up to the first id that the tokenizer lacks (a prompt may hold such): the library fails on these."""
+        return list(takewhile(lambda token: 0 <= token < self._tokenizer.vocab_size, draft))
+
     def _fill(self, rows: list[tuple[Any, int]], words_NW: Words) -> None:
         if rows:
             self._executor.unsafe_compute_mask_ptr(rows, words_NW.ctypes.data, self._num_words * 4, words_NW.shape[0])
@@ -184,30 +201,39 @@ class GrammarCompiler:
         """Mark a matcher as failed, and forget the compilation it shares: its lexer may be at its limit."""
         error = _one_line(matcher._inner.get_error())
         matcher.failure = error or "no token of the vocabulary continues the grammar"
-        self._compiled.pop(matcher._grammar, None)
+        self._forget(matcher._grammar)
+
+    def _forget(self, grammar: Grammar) -> None:
+        with self._lock:
+            self._compiled.pop(grammar, None)
 
     def _compile(self, grammar: Grammar) -> _Compiled:
-        if grammar not in self._compiled:
-            spelled = self._tried(grammar)
-            prototype = on_a_stack_of(COMPILE_STACK_BYTES, lambda: new_matcher(self._library, spelled, self._limits))
-            if prototype.is_error():
-                raise UserError(f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(prototype.get_error())}")
-            self._compiled[grammar] = _Compiled(prototype)
-            while len(self._compiled) > CACHED_GRAMMARS:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return self._compiled[grammar]
+        with self._lock:
+            if (known := self._compiled.get(grammar)) is not None:
+                self._compiled.move_to_end(grammar)
+                return known
+        spelled = self._tried(grammar)
+        # Neither the guard nor the library keeps other threads waiting meanwhile.
+        prototype = on_a_stack_of(COMPILE_STACK_BYTES, lambda: new_matcher(self._library, spelled, self._limits))
+        if prototype.is_error():
+            raise UserError(f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(prototype.get_error())}")
+        with self._lock:
+            return _keep(self._compiled, grammar, _Compiled(prototype))
 
     def _tried(self, grammar: Grammar) -> str:
         """The grammar in the library's spelling, if the guard has borne it."""
-        if grammar not in self._refused:
+        with self._lock:
+            refusal = self._refused.get(grammar)
+        if refusal is None:
             spelled = _spell(grammar)
-            if (complaint := self._trial.complaint(spelled)) is None:
+            with self._guarding:
+                complaint = self._trial.complaint(spelled)
+            if complaint is None:
                 return spelled
-            self._refused[grammar] = f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(complaint)}"
-            while len(self._refused) > CACHED_GRAMMARS:
-                self._refused.popitem(last=False)
-        raise UserError(self._refused[grammar])
+            refusal = f"the {_KINDS[grammar.kind]} cannot be used: {_one_line(complaint)}"
+            with self._lock:
+                _keep(self._refused, grammar, refusal)
+        raise UserError(refusal)
 
     def _profile(self, named: frozenset[int], stops: frozenset[int]) -> int:
         """The row of `_allowed_PW` and `_stops_PW` for these special tokens and these stop tokens."""
@@ -227,6 +253,14 @@ class GrammarCompiler:
         bits_NV = np.unpackbits(words_NW.view(np.uint8), axis=1, count=size, bitorder="little")
         mask_NV = torch.from_numpy(bits_NV).view(torch.bool)
         return torch.nn.functional.pad(mask_NV, (0, self._vocab_size - size)) if size < self._vocab_size else mask_NV
+
+
+def _keep(kept: OrderedDict[Grammar, ValueT], grammar: Grammar, value: ValueT) -> ValueT:
+    """The value that is kept for the grammar, the given one if there was none; the oldest make room."""
+    value = kept.setdefault(grammar, value)
+    while len(kept) > CACHED_GRAMMARS:
+        kept.popitem(last=False)
+    return value
 
 
 _KINDS = {

@@ -30,6 +30,7 @@ import llguidance
 import numpy as np
 
 ResultT = TypeVar("ResultT")
+_sizing = threading.Lock()  # the size of new threads' stacks is the whole process's
 
 GUARD_STACK_BYTES = 2 << 20  # compiling in the guard; the engine gives it `COMPILE_STACK_BYTES`
 COMPILE_STACK_BYTES = 16 << 20
@@ -187,12 +188,13 @@ def new_matcher(tokenizer: Any, grammar: str, limits: GrammarLimits) -> Any:
 def on_a_stack_of(size_bytes: int, work: Callable[[], ResultT]) -> ResultT:
     """What `work` returns, run in a thread of its own with a stack of this size."""
     results: list[ResultT] = []
-    before = threading.stack_size(size_bytes)
-    try:
-        thread = threading.Thread(target=lambda: results.append(work()))
-        thread.start()
-    finally:
-        threading.stack_size(before)
+    thread = threading.Thread(target=lambda: results.append(work()))
+    with _sizing:
+        before = threading.stack_size(size_bytes)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
     thread.join()
     return results[0]
 

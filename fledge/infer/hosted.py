@@ -6,6 +6,7 @@ What worker.py asks for (`worker.Hosted`), over engine.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,12 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fledge.config import from_json
-from fledge.errors import CheckpointError
+from fledge.errors import CheckpointError, UserError
 from fledge.infer.causal import CausalModel
 from fledge.infer.engine import Engine, EngineConfig, EngineStats
 from fledge.infer.messages import Start
 from fledge.infer.quantize import load_model
-from fledge.types import Request, TokenEvent
+from fledge.infer.speculate import USUAL_DRAFT
+from fledge.registry import family
+from fledge.text.tokenizer import Tokenizer
+from fledge.types import Grammar, Request, TokenEvent
 
 
 def load(start: Start) -> HostedEngine:
@@ -28,10 +32,31 @@ def load(start: Start) -> HostedEngine:
     if start.num_threads is not None:
         torch.set_num_threads(start.num_threads)
     config = from_json(EngineConfig, start.config)
-    loaded = load_model(Path(start.checkpoint), device=torch.device(start.device))
+    device = torch.device(start.device)
+    loaded = load_model(Path(start.checkpoint), device=device)
     _require_finite(loaded.model.state_dict(), start.checkpoint)
     model = cast(CausalModel, loaded.model)
-    return HostedEngine(model, Engine(model, loaded.tokenizer, config))
+    if start.draft is None:
+        return HostedEngine(model, Engine(model, loaded.tokenizer, config))
+    if "num_draft" not in start.config:
+        config = replace(config, num_draft=USUAL_DRAFT)
+    draft_model = load_draft(Path(start.draft), loaded.tokenizer, device)
+    return HostedEngine(model, Engine(model, loaded.tokenizer, config, draft_model))
+
+
+def load_draft(directory: Path, tokenizer: Tokenizer, device: torch.device | None = None) -> CausalModel:
+    """The model that guesses ahead for one with this tokenizer. `UserError` for a checkpoint that is missing, damaged
+    or not finite, that holds no causal model, or that has other tokens."""
+    loaded = load_model(directory, device=device)
+    if family(loaded.info.family).kind != "causal":
+        raise UserError(f"{directory}: a {loaded.info.family} model guesses no tokens; name a causal one for drafts")
+    if not loaded.tokenizer.has_tokens_of(tokenizer):
+        raise UserError(
+            f"{directory}: the draft model has other tokens than the model that it is to guess for; they must share a "
+            "tokenizer"
+        )
+    _require_finite(loaded.model.state_dict(), str(directory))
+    return cast(CausalModel, loaded.model)
 
 
 class HostedEngine:
@@ -50,6 +75,12 @@ class HostedEngine:
     @property
     def has_work(self) -> bool:
         return self._engine.has_work
+
+    def is_prepared(self, grammar: Grammar) -> bool:
+        return self._engine.is_prepared(grammar)
+
+    def prepare(self, grammar: Grammar) -> None:
+        self._engine.prepare(grammar)
 
     def submit(self, request: Request) -> None:
         self._engine.submit(request)

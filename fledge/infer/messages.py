@@ -29,13 +29,15 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Start(Struct, tag=True, frozen=True):
-    """The first message, and only the first. `config` is an `EngineConfig` as JSON values."""
+    """The first message, and only the first. `config` is an `EngineConfig` as JSON values, `draft` the checkpoint of
+    the model that guesses ahead."""
 
     checkpoint: str
     config: dict[str, Any] = {}
     device: str = "cpu"
     num_threads: int | None = None
     call: int = 0
+    draft: str | None = None
 
 
 class Submit(Struct, tag=True, frozen=True):

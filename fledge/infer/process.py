@@ -143,11 +143,13 @@ class EngineProcess:
         *,
         device: str = "cpu",
         num_threads: int | None = None,
+        draft: Path | str | None = None,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        """`config` are settings of `EngineConfig`. Raises what hinders the start: `UserError` (a damaged checkpoint, an
-        unknown setting) or `EngineError`."""
-        self._start = messages.Start(str(checkpoint), dict(config or {}), device, num_threads)
+        """`config` are settings of `EngineConfig`, `draft` is the checkpoint of a model that guesses ahead. Raises what
+        hinders the start: `UserError` (a damaged checkpoint, an unknown setting) or `EngineError`."""
+        small = None if draft is None else str(draft)
+        self._start = messages.Start(str(checkpoint), dict(config or {}), device, num_threads, draft=small)
         self._command = tuple(command)
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)

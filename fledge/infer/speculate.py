@@ -32,6 +32,8 @@ from fledge.infer.paged import Pages
 from fledge.infer.runner import Runner, in_running_order, probe_sites
 from fledge.infer.sequence import Live, Span
 
+# How many tokens are guessed where somebody names a draft model and no number: the first guesses are right most often.
+USUAL_DRAFT = 4
 # Lengths of the endings that are looked up, longest first: longer ones are right more often, shorter found more often.
 _NGRAMS = (4, 3, 2)
 # Positions of a prompt that the smaller model reads at most before a step; meanwhile it guesses nothing.

@@ -25,6 +25,7 @@ from fledge.infer.grammar import GrammarCompiler
 from fledge.infer.runner import Runner, in_running_order
 from fledge.infer.sequence import Span, StepPlan
 from fledge.text.tokenizer import Tokenizer
+from fledge.types import Grammar
 
 # Positions of a prompt whose distributions are worked out at once: 128 x 50,000 float32 are 26 MB.
 _PROMPT_ROWS = 128
@@ -49,6 +50,11 @@ class Stepper:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         return GrammarCompiler(self._tokenizer, vocab_size=self._model.vocab_size)
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether a matcher for it costs next to nothing."""
+        own: GrammarCompiler | None = self.__dict__.get("grammars")  # not made before somebody wants one
+        return own is not None and own.knows(grammar)
 
     def run(self, plan: StepPlan, written: Mapping[int, Written]) -> list[tuple[Span, list[Choice]]]:
         """One forward pass: for every span that draws, what follows each of its last 1 + num_draft positions.

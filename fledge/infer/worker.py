@@ -2,8 +2,9 @@
 
 Started by process.py as `python -m fledge.infer` (see __main__.py), which hands it `hosted.load`. One thread reads, one
 writes (messages.Link), and the main thread alone touches the engine: whatever has come in is dealt with between two
-steps, so that a cancellation takes effect within one. Nothing that a client sends ends the process; the client's end
-does, at once.
+steps, so that a cancellation takes effect within one. A grammar that is new takes up to a second to try out and
+compile; one more thread does that, and the request is submitted when it has. Nothing that a client sends ends the
+process; the client's end does, at once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from numpy.typing import ArrayLike
 from fledge.errors import UserError
 from fledge.infer import messages
 from fledge.infer.messages import Link, Malformed, ToEngine
-from fledge.types import Request, TokenEvent
+from fledge.types import Grammar, Request, TokenEvent
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ class Hosted(Protocol):
     def max_positions(self) -> int | None: ...
     @property
     def has_work(self) -> bool: ...
+    def is_prepared(self, grammar: Grammar) -> bool:
+        """Whether a request with this grammar is submitted without delay."""
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Make it so, however long that takes. Called by another thread than everything else."""
+
     def submit(self, request: Request) -> None: ...
     def cancel(self, request_id: str) -> bool: ...
     def step(self) -> list[TokenEvent]: ...
@@ -59,6 +66,91 @@ class Hosted(Protocol):
 Load = Callable[[messages.Start], Hosted]
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """The grammar of a request is compiled, or cannot be."""
+
+    call: int
+    request: Request
+    error: Exception | None
+
+
+Inbox = queue.SimpleQueue[ToEngine | _Prepared]
+
+
+@dataclass
+class _Desk:
+    """Where messages are dealt with. The requests of `preparing` wait for their grammars, in the hands of a thread."""
+
+    engine: Hosted
+    inbox: Inbox
+    preparing: dict[int, Request] = field(default_factory=dict)
+    _grammars: queue.SimpleQueue[tuple[int, Request, Grammar]] = field(default_factory=queue.SimpleQueue)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._prepare, name="grammars", daemon=True).start()
+
+    def answer(self, message: ToEngine | _Prepared) -> Struct | None:
+        try:
+            return self._do(message)
+        except UserError as error:
+            return messages.Refused(message.call, str(error))
+        except Exception as error:
+            log.exception("the engine could not answer")
+            return messages.Failed(message.call, f"{type(error).__name__}: {error}")
+
+    def _do(self, message: ToEngine | _Prepared) -> Struct | None:
+        match message:
+            case messages.Submit(call=call, request=request):
+                self._submit(call, request)
+                return None  # its events are the answer
+            case _Prepared():
+                self._go_on(message)
+                return None
+            case messages.Cancel(target=target):
+                return self._cancel(target)
+            case _:
+                return _do(self.engine, message)
+
+    def _submit(self, call: int, request: Request) -> None:
+        if request.id != str(call):
+            raise UserError(f"the request of call {call} is named '{request.id}'")
+        if call in self.preparing:
+            raise UserError(f"there is a request of call {call} already")
+        if request.grammar is None or self.engine.is_prepared(request.grammar):
+            self.engine.submit(request)
+        else:
+            self.preparing[call] = request
+            self._grammars.put((call, request, request.grammar))
+
+    def _go_on(self, prepared: _Prepared) -> None:
+        if self.preparing.get(prepared.call) is not prepared.request:
+            return  # cancelled meanwhile
+        del self.preparing[prepared.call]
+        if prepared.error is not None:
+            raise prepared.error
+        self.engine.submit(prepared.request)
+
+    def _cancel(self, target: int) -> Struct | None:
+        request = self.preparing.pop(target, None)
+        if request is None:
+            self.engine.cancel(str(target))
+            return None
+        ended = [TokenEvent(-1, 0.0, "", "cancelled", request.id, index) for index in range(request.n)]
+        return messages.Events(ended)
+
+    def _prepare(self) -> None:
+        while True:
+            call, request, grammar = self._grammars.get()
+            error = None
+            if call in self.preparing:  # nobody waits for what was cancelled
+                try:
+                    self.engine.prepare(grammar)
+                except Exception as refusal:
+                    error = refusal
+            self.inbox.put(_Prepared(call, request, error))
+
+
 def run(arguments: Sequence[str], load: Load) -> None:
     """Serve the client at the other end of the socket `arguments[0]` (a file descriptor) until it is gone.
 
@@ -66,7 +158,7 @@ def run(arguments: Sequence[str], load: Load) -> None:
     """
     descriptor, parent = int(arguments[0]), int(arguments[1])
     link: Link[ToEngine] = Link(socket.socket(fileno=descriptor), ToEngine)
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(link, inbox), name="reader", daemon=True).start()
     threading.Thread(target=_watch, args=(parent,), name="watch", daemon=True).start()
     try:
@@ -80,7 +172,7 @@ def run(arguments: Sequence[str], load: Load) -> None:
     os._exit(status)
 
 
-def _read(link: Link[ToEngine], inbox: queue.SimpleQueue[ToEngine]) -> None:
+def _read(link: Link[ToEngine], inbox: Inbox) -> None:
     while True:
         try:
             inbox.put(link.receive())
@@ -97,7 +189,7 @@ def _watch(parent: int) -> None:
     os._exit(0)
 
 
-def _serve(link: Link[ToEngine], inbox: queue.SimpleQueue[ToEngine], load: Load) -> None:
+def _serve(link: Link[ToEngine], inbox: Inbox, load: Load) -> None:
     """Returns if the engine could not be loaded, for a reason that the client is told."""
     start = inbox.get()
     while not isinstance(start, messages.Start):
@@ -108,11 +200,12 @@ def _serve(link: Link[ToEngine], inbox: queue.SimpleQueue[ToEngine], load: Load)
     except UserError as error:
         link.send(messages.Refused(start.call, str(error)))
         return
+    desk = _Desk(engine, inbox)
     link.send(messages.Ready(start.call, engine.vocab_size, engine.max_positions))
     while True:
         while not inbox.empty() or not engine.has_work:
             message = inbox.get()
-            answer = _answer(engine, message)
+            answer = desk.answer(message)
             if answer is not None:
                 link.send(answer)
             if isinstance(message, messages.Score | messages.Embed) and engine.has_work:
@@ -122,27 +215,10 @@ def _serve(link: Link[ToEngine], inbox: queue.SimpleQueue[ToEngine], load: Load)
             link.send(messages.Events(events))
 
 
-def _answer(engine: Hosted, message: ToEngine) -> Struct | None:
-    try:
-        return _do(engine, message)
-    except UserError as error:
-        return messages.Refused(message.call, str(error))
-    except Exception as error:
-        log.exception("the engine could not answer")
-        return messages.Failed(message.call, f"{type(error).__name__}: {error}")
-
-
 def _do(engine: Hosted, message: ToEngine) -> Struct | None:
+    """What needs no more than the engine."""
     call = message.call
     match message:
-        case messages.Submit(request=request):
-            if request.id != str(call):
-                raise UserError(f"the request of call {call} is named '{request.id}'")
-            engine.submit(request)
-            return None  # its events are the answer
-        case messages.Cancel(target=target):
-            engine.cancel(str(target))
-            return None
         case messages.Score(rows=rows):
             return messages.Scores(call, engine.score(rows))
         case messages.Embed(rows=rows):

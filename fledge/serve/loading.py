@@ -28,21 +28,33 @@ _OVERHEAD_BYTES = 512 << 20  # a Python process with torch in it
 
 @dataclass(frozen=True)
 class ProcessLoader:
-    """One process a model. `engine` are settings of `infer.engine.EngineConfig`."""
+    """One process a model. `engine` are settings of `infer.engine.EngineConfig`.
+
+    The checkpoint `draft` guesses ahead for the models that have its tokens; others are served without.
+    """
 
     engine: Mapping[str, Any] = field(default_factory=lambda: {"cache_bytes": CACHE_BYTES})
     device: str = "cpu"
     num_threads: int | None = None
+    draft: Path | None = None
 
     def size(self, path: Path) -> int:
-        weights = path / "model.safetensors"
-        size = weights.stat().st_size if weights.is_file() else 0
-        return size + int(self.engine.get("cache_bytes", CACHE_BYTES)) + _OVERHEAD_BYTES
+        """What serving it takes at most, in bytes. A draft model has as many blocks of cache of its own."""
+        folders = [path] if self.draft is None else [path, self.draft]
+        cache_bytes = int(self.engine.get("cache_bytes", CACHE_BYTES))
+        return sum(_weight_bytes(folder) + cache_bytes for folder in folders) + _OVERHEAD_BYTES
+
+    def draft_for(self, tokenizer: Tokenizer) -> Path | None:
+        """The draft model, if it has the tokens of this tokenizer. `UserError` if it cannot be read."""
+        if self.draft is None or not read_renderer(self.draft)[0].tokenizer.has_tokens_of(tokenizer):
+            return None
+        return self.draft
 
     async def load(self, name: str, path: Path) -> ServedModel:
         renderer, described = await asyncio.to_thread(read_renderer, path)
+        draft = await asyncio.to_thread(self.draft_for, renderer.tokenizer)
         process = await asyncio.to_thread(
-            EngineProcess, path, self.engine, device=self.device, num_threads=self.num_threads
+            EngineProcess, path, self.engine, device=self.device, num_threads=self.num_threads, draft=draft
         )
         engine = ProcessEngine(process)
         try:
@@ -61,6 +73,11 @@ class ProcessLoader:
             style_of(renderer),
             fim_ids_of(renderer.tokenizer) if was_taught_to_fill_in(path, described) else None,
         )
+
+
+def _weight_bytes(folder: Path) -> int:
+    weights = folder / "model.safetensors"
+    return weights.stat().st_size if weights.is_file() else 0
 
 
 def read_renderer(path: Path) -> tuple[Renderer, dict[str, Any]]:

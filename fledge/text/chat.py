@@ -107,15 +107,15 @@ class ChatRenderer:
         (then it is the assistant's).
 
         A turn opens where a role token follows the start or the end of a turn; elsewhere a role token is a model's
-        slip. The text goes to the first special token or to the end of `ids`; `END_OF_TURN` only if that is `<|end|>`.
+        slip. The text goes to the first framing token or to the end of `ids`; `END_OF_TURN` only if that is `<|end|>`.
         """
         start = 0
         role: Role = "assistant"
         for i in range(1, len(ids)):
             if ids[i] in self._role_of and ids[i - 1] in (self.start_id, self.end_id):
                 start, role = i + 1, self._role_of[ids[i]]
-        special = self.tokenizer.special_ids
-        stop = next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))
+        framing = self.tokenizer.framing_ids
+        stop = next((i for i in range(start, len(ids)) if ids[i] in framing), len(ids))
         has_ended = stop < len(ids) and ids[stop] == self.end_id
         message = Message.of(role, self.tokenizer.decode(ids[start:stop]))
         return message, Termination.END_OF_TURN if has_ended else Termination.TRUNCATED

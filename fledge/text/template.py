@@ -109,7 +109,7 @@ class TemplateRenderer:
 
     def parse(self, ids: Sequence[int]) -> tuple[Message, Termination]:
         """The last turn in `ids`: a rendered conversation, a prompt with what was generated after it, or that alone
-        (then it is the assistant's). The text goes to the first special token or to the end of `ids`."""
+        (then it is the assistant's). The text goes to the first framing token or to the end of `ids`."""
         start = 0
         role: Role = "assistant"
         for name, opening in self._openings.items():
@@ -119,8 +119,8 @@ class TemplateRenderer:
                 len(self._openings.get(role, ())),
             ):
                 start, role = place + len(opening), name
-        special = self.tokenizer.special_ids
-        stop = next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))
+        framing = self.tokenizer.framing_ids
+        stop = next((i for i in range(start, len(ids)) if ids[i] in framing), len(ids))
         has_ended = stop < len(ids) and ids[stop] == self.end_id
         text = ids[start:stop]
         closing = self._closings.get(role, ())

@@ -39,6 +39,9 @@ __all__ = [
     "train_tokenizer",
 ]
 
+# Special tokens of some published models that belong to what is said: with them the assistant calls tools. Text never
+# becomes one of them either, but they have bytes, so that a call can be read from an answer's text (text/tools.py).
+SPOKEN_TOKENS = ("<tool_call>", "</tool_call>")
 CHARS_PER_CALL = 1_000_000  # the library holds about a hundred bytes a token while it works
 
 
@@ -53,8 +56,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 class Tokenizer:
     """A vocabulary with fledge's special tokens. Built from the bytes of a tokenizer.json, which `save` writes back.
 
-    `vocab_size` counts every id, `hash` is the sha256 of the file. Raises `TokenizerError` if the file is damaged,
-    does not work on bytes, lacks one of `REQUIRED_SPECIAL_TOKENS`, or gives both one id.
+    `vocab_size` counts every id, `hash` is the sha256 of the file. `spoken_ids` are its special tokens among
+    `SPOKEN_TOKENS`, by name; `framing_ids` all other special ones: they stand around texts and say nothing. Raises
+    `TokenizerError` if the file is damaged, does not work on bytes, lacks one of `REQUIRED_SPECIAL_TOKENS`, or gives
+    both one id.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -67,6 +72,8 @@ class Tokenizer:
         _refuse_missing(self._special_ids)
         self._bytes = _token_bytes(self._core, layout)
         self._never = frozenset(self._special_ids.values())
+        self.spoken_ids = {name: self._special_ids[name] for name in SPOKEN_TOKENS if name in self._special_ids}
+        self.framing_ids = self._never - frozenset(self.spoken_ids.values())
         self.vocab_size = len(self._bytes)
         self.hash = hashlib.sha256(data).hexdigest()
         self.pad_id = self.special_id("<|pad|>")
@@ -101,14 +108,26 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """All ids that text never becomes and `decode` drops."""
+        """All ids that text never becomes. `decode` drops them, but for the `spoken_ids`."""
         return self._never
+
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether every id means the same to both, however they cut texts into tokens."""
+        return self._bytes == other._bytes and self._special_ids == other._special_ids
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, never a special one. `TokenizerError` if it holds a lone surrogate."""
         refuse_half_characters(text)
         ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
         return ids if self._never.isdisjoint(ids) else self._encode_cut(text)
+
+    def encode_spoken(self, text: str) -> list[int]:
+        """As `encode`, but names of `spoken_ids` become these: for text that is ours, never for a user's."""
+        if not self.spoken_ids:
+            return self.encode(text)
+        parts = re.split("(" + "|".join(map(re.escape, self.spoken_ids)) + ")", text)
+        spoken = self.spoken_ids
+        return [i for part in parts for i in ([spoken[part]] if part in spoken else self.encode(part))]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores; the results stand in the order of the texts."""
@@ -123,11 +142,11 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens dropped; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids, framing tokens dropped; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes a token stands for, none for a special one. `TokenizerError` if there is no such id."""
+        """The exact bytes a token stands for, none for one that frames. `TokenizerError` if there is no such id."""
         if not 0 <= token_id < self.vocab_size:
             raise TokenizerError(f"no token has the id {token_id}; ids go from 0 to {self.vocab_size - 1}")
         return self._bytes[token_id]
@@ -182,7 +201,10 @@ def _refuse_missing(special_ids: Mapping[str, int]) -> None:
 def _token_bytes(core: library.Tokenizer, layout: Mapping[str, Any]) -> tuple[bytes, ...]:
     """The bytes of every id. Ids that a foreign file leaves unused have none."""
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
-    added = {token["id"]: b"" if token["special"] else token["content"].encode() for token in layout["added_tokens"]}
+    added = {
+        token["id"]: b"" if token["special"] and token["content"] not in SPOKEN_TOKENS else token["content"].encode()
+        for token in layout["added_tokens"]
+    }
     prefix = layout["model"].get("continuing_subword_prefix") or ""
     vocab = {token_id: token for token, token_id in core.get_vocab(with_added_tokens=False).items()}
     table = []

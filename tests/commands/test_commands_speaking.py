@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from fledge import cli
-from fledge.commands import chat, speaking
+from fledge.commands import chat, serve, speaking
 from fledge.config import to_json
 from fledge.errors import UserError
 from fledge.files import write_json
 from fledge.formats.checkpoint import CheckpointInfo, save_model
 from fledge.models.gpt import GPT, GPTConfig
 from fledge.models.ngram import NGram, NGramConfig
+from fledge.serve.hub import ModelEntry
+from fledge.serve.loading import ProcessLoader
 from fledge.text.chat import ChatRenderer
 from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
 from fledge.types import Conversation
@@ -192,9 +194,9 @@ def test_a_chat_command_that_fails_says_so_and_the_chat_goes_on(runs, capsys, ty
 
 def opened(runs, model="small", **options) -> chat.Chat:
     asked = {"max_tokens": 6, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
-    asked |= {"seed": 0, "system": None, **options}
+    asked |= {"seed": 0, "system": None, "draft": None, **options}
     args = SimpleNamespace(model=model, runs=runs, **asked)
-    return chat.Chat(args, speaking.load_speaker(model, runs))
+    return chat.Chat(args, speaking.load_speaker(model, runs, args.draft))
 
 
 def said_by(talk):
@@ -278,6 +280,39 @@ def test_the_oldest_exchanges_leave_first_and_the_system_stays(tokenizer):
     assert list(lengths) == expected
     assert room == len(expected[-1]) - 1
     assert speaking.within(renderer, whole, None, 9) == expected[0]
+
+
+def test_a_draft_model_changes_no_answer_and_must_have_the_same_tokens(runs, capsys, typed, tmp_path):
+    said = []
+    for options in ((), ("--draft", "small:pretrain")):
+        assert fledge("complete", "small", "the cat", "-n", "2", "--max-tokens", "20", *options, runs=runs) == 0
+        typed(b"hello\n/stage sft\nhello\n")
+        assert fledge("chat", "small", "--max-tokens", "12", *options, runs=runs) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    talk = opened(runs, draft="small:pretrain")
+    talk.hear("hello")
+    assert talk.speaker.engine.stats().num_draft_tokens > 0
+    capsys.readouterr()
+    other = train_tokenizer(["nothing of the kind"] * 20, TokenizerConfig(vocab_size=290))
+    add_stage(tmp_path / "other", "sft", "gpt", GPT(GPTConfig(other.vocab_size, 16, 1, 2, POSITIONS)), other)
+    error = refused(capsys, "complete", "small", "a", "--draft", str(tmp_path / "other/sft/model"), runs=runs)
+    assert "must share a tokenizer" in error
+    assert "guesses no tokens" in refused(capsys, "complete", "small", "a", "--draft", "counts", runs=runs)
+
+
+def test_a_draft_model_is_served_to_those_of_its_tokenizer_only(runs, tokenizer, tmp_path):
+    other = train_tokenizer(["nothing of the kind"] * 20, TokenizerConfig(vocab_size=290))
+    add_stage(tmp_path / "other", "sft", "gpt", GPT(GPTConfig(other.vocab_size, 16, 1, 2, POSITIONS)), other)
+    small, stranger = runs / "small/ppo/model", tmp_path / "other/sft/model"
+    loader = ProcessLoader(draft=runs / "small/sft/model")
+    assert loader.draft_for(tokenizer) == loader.draft
+    assert loader.draft_for(other) is None
+    assert loader.size(small) > ProcessLoader().size(small) + (small / "model.safetensors").stat().st_size
+    entries = [ModelEntry(path.name, 0, "fledge", path=path) for path in (stranger, small)]
+    serve._refuse_idle_draft(loader, entries)
+    with pytest.raises(UserError, match="none of the models has its tokenizer"):
+        serve._refuse_idle_draft(loader, entries[:1])
 
 
 def test_control_characters_never_reach_the_terminal():

@@ -14,7 +14,7 @@ from pathlib import Path
 from fledge.errors import UserError
 from fledge.infer import worker
 from fledge.infer.messages import Start
-from fledge.types import Request, TokenEvent
+from fledge.types import Grammar, Request, TokenEvent
 
 VOCAB = 1000
 STEP_FAILS, SUBMIT_FAILS, NOT_A_NUMBER = 990, 991, 992
@@ -44,6 +44,19 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._live or self._outbox)
+
+    def is_prepared(self, grammar: Grammar) -> bool:
+        return grammar.text == "known"
+
+    def prepare(self, grammar: Grammar) -> None:
+        """A regular expression may be the path of a file that is waited for."""
+        deadline = time.monotonic() + 30
+        while grammar.text.startswith("/") and not Path(grammar.text).exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if grammar.kind == "lark":
+            raise UserError("the grammar cannot be used: it is too complex")
+        if grammar.kind == "json_object":
+            raise RuntimeError("out of memory")
 
     def submit(self, request: Request) -> None:
         if request.prompt_ids[0] == SUBMIT_FAILS:

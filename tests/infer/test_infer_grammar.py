@@ -667,6 +667,41 @@ def test_a_random_model_calls_tools_as_it_is_told(
         assert not any(isinstance(part, CallPart) for part in read_calls(answer.text, own, ["weather", "clock"]).parts)
 
 
+@pytest.fixture(scope="module")
+def spoken(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tokenizer of a model in which what opens and closes a call is one special token each."""
+    path = tmp_path_factory.mktemp("spoken") / "tokenizer.json"
+    bpe.save(path)
+    layout = json.loads(path.read_text(encoding="utf-8"))
+    like = next(token for token in layout["added_tokens"] if token["content"] == "<|end|>")
+    layout["added_tokens"] += [
+        {**like, "content": name, "id": bpe.vocab_size + i} for i, name in enumerate(("<tool_call>", "</tool_call>"))
+    ]
+    path.write_text(json.dumps(layout), encoding="utf-8")
+    return Tokenizer.load(path)
+
+
+def test_calls_are_enforced_and_read_where_special_tokens_open_them(spoken: Tokenizer) -> None:
+    opening, closing = spoken.special_id("<tool_call>"), spoken.special_id("</tool_call>")
+    torch.manual_seed(0)
+    engine = Engine(Llama(LlamaConfig(spoken.vocab_size, 32, 2, 2, 1, 48)), spoken, EngineConfig(num_blocks=120))
+    own, tools = STYLES["hermes"], [Tool("clock", parameters='{"type": "object", "additionalProperties": false}')]
+    grammar = call_grammar(tools, "required", own, is_parallel=False)
+    [[answer]] = engine.generate([ask(spoken, "x", grammar, max_tokens=60)])
+    assert (answer.ids.count(opening), answer.ids.count(closing), answer.finish_reason) == (1, 1, "stop")
+    assert read_calls(answer.text, own, ["clock"]).parts == (CallPart("clock", "{}", "call_0"),)
+    compiler, end = engine._stepper.grammars, spoken.special_id("<|end|>")
+    for choice, is_open in (("auto", True), ("none", False)):
+        free = compiler.matcher(call_grammar(tools, choice, own), [end])
+        assert {end, *spoken.encode("hello")[:1]} <= set(allowed(compiler, free))
+        assert (opening in allowed(compiler, free)) == is_open
+        spelled = spell(compiler.matcher(call_grammar(tools, choice, own), [end]), spoken.encode("<tool_call"))
+        assert any(b">" in spoken.token_bytes(i)[:1] for i in allowed(compiler, spelled)) == is_open
+    called = spell(compiler.matcher(call_grammar(tools, "auto", own), [end]), [opening, *spoken.encode("\n")])
+    assert len(allowed(compiler, called)) <= 2  # only the order that the call can have
+    compiler.close()
+
+
 def test_under_auto_text_is_free_until_a_call_is_opened(bpe: Tokenizer, bpe_compiler: GrammarCompiler) -> None:
     tools = [Tool("clock", parameters='{"type": "object", "additionalProperties": false}')]
     end = bpe.special_id("<|end|>")

@@ -28,8 +28,8 @@ from fledge.types import Request, SamplingParams
 SETTINGS = {"num_blocks": 40, "block_size": 4, "max_live": 8}
 
 
-def write_checkpoint(directory: Path, *, damaged: bool = False) -> Path:
-    tokenizer = train_tokenizer(["the rain in the garden, 园里下雨"] * 20, TokenizerConfig(vocab_size=300))
+def write_checkpoint(directory: Path, *, damaged: bool = False, text: str = "the rain in the garden, 园里下雨") -> Path:
+    tokenizer = train_tokenizer([text] * 20, TokenizerConfig(vocab_size=300))
     generator = torch.Generator().manual_seed(0)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, max_positions=64))
     with torch.no_grad():
@@ -195,3 +195,31 @@ def test_a_request_that_the_engine_refuses_is_refused_through_the_process(proces
         list(process.submit(Request("long", (5,) * 60, SamplingParams(max_tokens=9))))
     with pytest.raises(UserError, match="the prompt is empty"):
         process.score([[]])
+
+
+def test_a_draft_model_is_named_by_its_path_and_changes_no_answer(
+    process: EngineProcess, checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = [replace(request, prompt_logprobs=None, n=1) for request in requests()]
+    plain = [[event.id for event in process.submit(request)] for request in asked]
+    with EngineProcess(checkpoint, SETTINGS, num_threads=1, draft=checkpoint) as drafting:
+        assert [[event.id for event in drafting.submit(request)] for request in asked] == plain
+        stats = drafting.stats()
+        assert stats["num_draft_tokens"] == stats["num_accepted_tokens"] > 0  # it guesses for itself
+        assert stats["num_steps"] < process.stats()["num_steps"]
+    never = load(Start(str(checkpoint), {**SETTINGS, "num_draft": 2}, draft=str(checkpoint)))
+    assert never._engine.config.num_draft == 2
+
+
+def test_a_draft_model_that_cannot_guess_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    damaged = write_checkpoint(tmp_path / "damaged", damaged=True)
+    other = write_checkpoint(tmp_path / "other", text="something else altogether")
+    for draft, complaint in {
+        damaged: "holds NaN or infinity",
+        other: "must share a tokenizer",
+        tmp_path: "not a fledge checkpoint",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            load(Start(str(checkpoint), SETTINGS, draft=str(draft)))
+    with pytest.raises(ConfigError, match="num_draft 0"):
+        load(Start(str(checkpoint), {"num_draft": 0}, draft=str(checkpoint)))

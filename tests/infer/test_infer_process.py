@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from fake_engine import NOT_A_NUMBER, STEP_FAILS, SUBMIT_FAILS
 
 from fledge.errors import EngineDied, EngineError, UserError
 from fledge.infer.process import EngineProcess
-from fledge.types import Request, SamplingParams, TokenEvent
+from fledge.types import Grammar, Request, SamplingParams, TokenEvent
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
 ENDLESS = 10_000_000
@@ -150,6 +151,30 @@ def test_a_reader_who_leaves_cancels(shared: EngineProcess, how: str) -> None:
         del stream
         gc.collect()
     wait_until(lambda: shared.stats()["num_live"] == 0)
+
+
+def test_a_grammar_that_takes_long_keeps_nobody_waiting_but_who_sent_it(shared: EngineProcess, tmp_path: Path) -> None:
+    slow = Grammar("regex", str(tmp_path / "compiled"))
+    waiting = [shared.submit(replace(ask(name), grammar=slow)) for name in ("first", "second", "given up")]
+    for name in ("free", "known"):
+        grammar = Grammar("regex", "known") if name == "known" else None
+        assert ids(shared.submit(replace(ask(name), grammar=grammar))) == [5, 6, 7, 8]
+    assert shared.cancel("given up")
+    [last] = waiting.pop()
+    assert (last.id, last.finish_reason, last.request_id) == (-1, "cancelled", "given up")
+    assert all(stream._items.empty() for stream in waiting)
+    (tmp_path / "compiled").touch()
+    assert [ids(stream) for stream in waiting] == [[5, 6, 7, 8]] * 2
+    assert shared.stats()["num_live"] == 0
+
+
+def test_a_grammar_that_cannot_be_used_is_refused_and_the_next_is_not(shared: EngineProcess) -> None:
+    bad = [shared.submit(replace(ask(kind), grammar=Grammar(kind))) for kind in ("lark", "json_object", "json_schema")]
+    with pytest.raises(UserError, match="too complex"):
+        next(bad[0])
+    with pytest.raises(EngineError, match="RuntimeError: out of memory"):
+        next(bad[1])
+    assert ids(bad[2]) == [5, 6, 7, 8]
 
 
 def test_a_slow_reader_keeps_nobody_waiting_and_misses_nothing(shared: EngineProcess) -> None:

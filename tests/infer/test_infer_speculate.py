@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
 
+import jsonschema
 import pytest
 import torch
 from test_infer_engine import (
@@ -27,7 +29,10 @@ from fledge.infer.engine import Engine, EngineConfig
 from fledge.infer.naive import generate, generate_uncached
 from fledge.infer.sequence import Live
 from fledge.infer.speculate import NgramProposer, Speculator, Wish
-from fledge.types import Request, SamplingParams
+from fledge.models.llama import Llama, LlamaConfig
+from fledge.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from fledge.text.tools import STYLES, Tool, call_grammar
+from fledge.types import Grammar, Request, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,64 @@ def test_sampled_tokens_follow_the_models_distribution(model: CausalModel) -> No
     chi_square = sum((seconds[token] - total * p) ** 2 / (total * p) for token, p in probs.items())
     assert total > 200
     assert chi_square < 20.5  # 5 degrees of freedom: exceeded once in 1000
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 6}, "days": {"enum": [1, 2, 3]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def talking(tokenizer: Tokenizer, noise: float = 0.0) -> CausalModel:
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(tokenizer.vocab_size + 3, 32, 2, 2, 1, 48, is_head_tied=True))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * noise)
+    return model
+
+
+def held_to_grammars(tokenizer: Tokenizer) -> list[Request]:
+    """Prompts full of what could be guessed: the form itself, stop tokens, and ids that the tokenizer lacks."""
+    end, beyond = tokenizer.special_id("<|end|>"), tokenizer.vocab_size + 1
+    spelled = tokenizer.encode('{"city":"Rome","days":2} ')
+    prompts = [spelled * 2, [*tokenizer.encode('{"'), beyond, end] * 3, [*tokenizer.encode('{"city":"'), end] * 3]
+    schema = Grammar("json_schema", json.dumps(WEATHER))
+    call = call_grammar([Tool("weather", parameters=json.dumps(WEATHER))], "required", STYLES["hermes"])
+    asked = [(prompt, grammar) for prompt in prompts for grammar in (schema, Grammar("regex", "[a-z]{4}[0-9]+"), call)]
+    return [
+        Request(
+            f"{number} at {temperature}",
+            tuple(prompt),
+            SamplingParams(max_tokens=50, temperature=temperature, seed=number),
+            stop_ids=frozenset({end}),
+            grammar=grammar,
+        )
+        for temperature in (0.0, 0.7)
+        for number, (prompt, grammar) in enumerate([*asked, (spelled, None)])
+    ]
+
+
+def test_answers_under_a_grammar_are_the_same_with_speculation() -> None:
+    texts = ['{"city":"Rome","days":2} <tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}']
+    tokenizer = train_tokenizer(texts, TokenizerConfig("bpe", 330))
+    requests = held_to_grammars(tokenizer)
+    model, config = talking(tokenizer), EngineConfig(num_blocks=200, block_size=8)
+    plain = [own for [own] in Engine(model, tokenizer, config).generate(requests)]
+    for request, answer in zip(requests, plain, strict=True):
+        assert answer.finish_reason in ("stop", "length")
+        if request.grammar is not None and request.grammar.kind == "json_schema" and answer.finish_reason == "stop":
+            jsonschema.validate(json.loads(answer.text), WEATHER)
+    for draft_model in (None, talking(tokenizer), talking(tokenizer, 0.02)):
+        engine = Engine(model, tokenizer, replace(config, num_draft=4), draft_model)
+        for request, expected, [got] in zip(requests, plain, engine.generate(requests), strict=True):
+            same = (got.ids, got.text, got.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
+            assert same, (request.id, expected, got)
+            assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert_all_free(engine)
+        assert engine.stats().num_accepted_tokens > 50
 
 
 def wish_of(tokens: list[int], limit: int) -> Wish:

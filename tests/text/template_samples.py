@@ -119,7 +119,8 @@ def layout(special: Sequence[str] = SPECIAL) -> bytes:
     )
     core.train_from_iterator(TEXTS * 5, trainer)
     core.add_special_tokens([library.AddedToken(name, special=True, normalized=False) for name in special])
-    core.add_tokens([library.AddedToken(name, special=False, normalized=False) for name in PLAIN])
+    plain = [name for name in PLAIN if name not in special]
+    core.add_tokens([library.AddedToken(name, special=False, normalized=False) for name in plain])
     return core.to_str().encode()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from template_samples import QWEN3, SPECIAL, STYLES
+from template_samples import QWEN3, SPECIAL, STYLES, layout
 
 from fledge.config import from_json, to_json
 from fledge.errors import TokenizerError, UserError
@@ -287,3 +288,19 @@ def test_a_template_without_special_tokens_ends_where_texts_end() -> None:
     assert mine.parse(mine.tokenizer.encode(" It rains."))[0].text == " It rains."
     with pytest.raises(UserError, match="nothing can be learned"):
         mine.render(Conversation.of(("user", "a"), ("assistant", "b")))
+
+
+def test_a_call_between_special_tokens_is_written_with_them_and_read_with_them() -> None:
+    data = layout((*SPECIAL, "<tool_call>", "</tool_call>"))
+    mine = TemplateRenderer(*adopt_published(replace(STYLES["qwen2.5"], data=data), VOCAB))
+    opening, closing = mine.tokenizer.special_id("<tool_call>"), mine.tokenizer.special_id("</tool_call>")
+    call = CallPart("get_weather", '{"city": "Paris"}')
+    asked = Conversation((Message.of("user", f"Write {call.text}"),))
+    talk = Conversation((*asked.messages, Message("assistant", (call,))), (json.dumps(WEATHER),))
+    assert opening not in mine.prompt(asked)  # what a user writes stays text
+    told = mine.prompt(replace(talk, messages=asked.messages))
+    shown = mine.prompt(talk)  # the call, as the template writes it
+    assert (shown.count(opening) - told.count(opening), shown.count(closing) - told.count(closing)) == (1, 1)
+    said = (opening, *mine.tokenizer.encode(call.text.split("tool_call>")[1].removesuffix("</")), closing)
+    message, termination = mine.parse((*told, *said, mine.end_id))
+    assert (message.text, termination.value) == (call.text, "end_of_turn")

@@ -287,6 +287,22 @@ def test_pieces_show_special_tokens_and_half_characters_readably() -> None:
     assert tokenizer.pieces([0, *tokenizer.encode("aé")]) == ["<|endoftext|>", "a", "\\xc3", "\\xa9"]
 
 
+def test_special_tokens_that_are_said_have_bytes_and_text_never_becomes_one(tmp_path: Path) -> None:
+    trained("bpe").save(tmp_path / "tokenizer.json")
+    layout = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    size = trained("bpe").vocab_size
+    layout["added_tokens"].append({**layout["added_tokens"][-1], "content": "<tool_call>", "id": size})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.spoken_ids == {"<tool_call>": size}
+    assert tokenizer.framing_ids == tokenizer.special_ids - {size}
+    assert tokenizer.decode([tokenizer.end_of_text_id, size]) == "<tool_call>"
+    text = "a <tool_call>b"
+    assert size not in tokenizer.encode(text)
+    assert tokenizer.encode_spoken(text) == [*tokenizer.encode("a "), size, *tokenizer.encode("b")]
+    assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode_spoken(text)) == text
+
+
 def test_importing_touches_no_environment() -> None:
     program = (
         "import os; b = dict(os.environ); import fledge.text.chat, fledge.text.report; assert dict(os.environ) == b"
