@@ -29,6 +29,14 @@ def test_c60_catalogue_has_the_listed_bugs_and_thirty_more_with_names_of_their_o
     assert {"fledge/rl", "fledge/objectives", "fledge/text"} <= folders
 
 
+def test_c60_table_of_the_page_has_every_mutant_and_no_survivor() -> None:
+    page = mutate.PAGE.read_text(encoding="utf-8")
+    table = page.split(mutate.BEGIN)[1].split(mutate.END)[0]
+    listed = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert listed == [mutant.name for mutant in CATALOGUE], "run `make mutants`: it writes this table"
+    assert "survived" not in table
+
+
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [("b = 2", "b = 3", "occurs 0 times"), ("a", "b", "occurs 2 times"), ("c = 1", "c = (", "no longer parses")],

@@ -2,9 +2,9 @@
 
     python tests/recipes/align_memory.py
 
-Policy, reference, value and reward model are float32 and of one size; lengths and batches are those that `fledge align`
-starts from (256 tokens of prompt, 128 of answer, 32 episodes a round, 16 in a forward pass). Two rounds: the second
-holds the optimizers' moments while it samples.
+Policy, reference, value and reward model are float32 and of one size; lengths and rows are those that `fledge align`
+starts from (256 tokens of prompt, 128 of answer, minibatches of 16 episodes, 4 in a forward pass). Two rounds of one
+minibatch: the second holds the optimizers' moments while it samples and learns.
 """
 
 from __future__ import annotations
@@ -54,7 +54,13 @@ def plant(folder: Path) -> int:
 def measure(folder: Path) -> dict[str, float]:
     """Plant a world in `folder` and run PPO there: parameters, peak resident bytes, seconds. Raises if it fails."""
     parameters = plant(folder)
-    settings = ("train.warmup_rounds=1", "train.rounds=2", "outcome.prompts=2", "outcome.max_tokens=16")
+    settings = (
+        "train.warmup_rounds=1",
+        "train.rounds=2",
+        "train.episodes=16",
+        "outcome.prompts=2",
+        "outcome.max_tokens=16",
+    )
     command = [sys.executable, "-m", "fledge", "align", "ppo", "base:sft", "--data", str(folder / "prompts.jsonl")]
     command += ["--reward", "base:reward", "--runs", str(folder / "runs"), "--name", "rewarded", "--skip-bad"]
     command += [word for setting in settings for word in ("--set", setting)]
