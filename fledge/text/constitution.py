@@ -84,7 +84,9 @@ def load(path: Path | None = None) -> Constitution:
         text = (path or files("fledge.text") / "constitution.json").read_text(encoding="utf-8")
         data: Any = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a constitution ({error}); see docs/constitutional-ai.md") from error
+        raise ConfigError(
+            f"{path} cannot be read as a constitution ({error}); see docs/constitutional-ai.md"
+        ) from error
     constitution = from_json(Constitution, data)
     _check(constitution, str(path or "fledge's constitution"))
     return constitution
