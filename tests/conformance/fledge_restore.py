@@ -10,6 +10,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _restored() -> None:
-    with socket.create_connection(("127.0.0.1", int(os.environ["FLEDGE_CONTROL_PORT"])), timeout=30) as control:
-        control.settimeout(30)
+    with socket.create_connection(("127.0.0.1", int(os.environ["FLEDGE_CONTROL_PORT"])), timeout=120) as control:
+        control.settimeout(120)
         assert control.recv(16) == b"restored"

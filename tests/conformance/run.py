@@ -1,9 +1,12 @@
-"""`make conformance`: the API tests of OpenAI's own Python client against our server, and the score.
+"""`make conformance`: the API tests of OpenAI's own clients against our server, and the score.
 
-The tests come from the client's source package, fetched when this runs and never copied. They run in an environment
-of their own (requirements.txt), one after the other, and the database is restored before each.
+The tests of the Python client come from its source package, fetched when this runs and never copied. They run in an
+environment of their own (requirements.txt), one after the other, and the database is restored before each.
 
     python tests/conformance/run.py [--sdist FOLDER] [RESOURCE ...]
+
+What cannot pass honestly stands in `REASONS`; a test that fails without a reason fails the run. Then the npm client's
+turn comes (javascript.py).
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import javascript
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+MARK, MARK_END = "<!-- conformance -->", "<!-- /conformance -->"
 SCOPE = {
     "models": "test_models.py",
     "embeddings": "test_embeddings.py",
@@ -45,6 +51,28 @@ SCOPE = {
     "conversation items": "conversations/test_items.py",
 }
 
+# Why a test cannot pass honestly, by resource and the beginning of its name.
+REASONS = {
+    (
+        "embeddings",
+        "test_",
+    ): "the client asks for base64, is given it, and its strict mode wants numbers before decoding",
+    ("files", "test_"): "left out by the client's own tests: its mock of a file's content does not know aiohttp",
+    ("responses", "test_method_create_with_all_params"): "asks with `conversation` and `previous_response_id` at once, "
+    "which the published document forbids, and with a stored prompt",
+    ("responses", "test_method_compact_with_all_params"): "the published output begins with the user's messages, which "
+    "the client's own type for it does not hold",
+    ("response tokens", "test_method_count_with_all_params"): "asks with `conversation` and `previous_response_id` at "
+    "once, which the published document forbids",
+}
+
+
+def reason_of(failure: str) -> str | None:
+    """Why a test, as RESOURCE: NAME, cannot pass; None if it should."""
+    resource, _, name = failure.partition(": ")
+    found = [why for (of, start), why in REASONS.items() if of == resource and name.startswith(start)]
+    return found[0] if found else None
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -60,11 +88,13 @@ def main() -> int:
     for name in chosen:
         print(f"{name:>24}  {passed[name]:4d} of {total[name]}")
     print(f"{'all':>24}  {passed.total():4d} of {total.total()}")
-    for failure in failures:
+    unexplained = [failure for failure in failures if reason_of(failure) is None]
+    for failure in unexplained:
         print(f"  failed: {failure}")
-    if not args.resources:
-        write_score(passed, total)
-    return 0 if passed == total else 1
+    if args.resources:
+        return 1 if unexplained else 0
+    write_score(passed, total, failures)
+    return javascript.main() or (1 if unexplained else 0)
 
 
 def environment(cache: Path, requirements: str = "requirements.txt", name: str = "venv") -> Path:
@@ -160,21 +190,36 @@ def run_tests(
     return passed, total, failures
 
 
-def write_score(passed: Counter[str], total: Counter[str]) -> None:
-    """docs/conformance.md, which the README points to."""
+def write_score(passed: Counter[str], total: Counter[str], failures: list[str]) -> None:
+    """docs/conformance.md, and the score in the READMEs between their marks."""
     rows = "\n".join(f"| {name} | {passed[name]} | {total[name]} |" for name in total)
+    reasons = Counter((failure.partition(": ")[0], reason_of(failure) or "not known yet") for failure in failures)
+    why = "\n".join(f"| {name} | {count} | {reason} |" for (name, reason), count in reasons.items())
     text = f"""# Conformance
 
-The API tests of OpenAI's own Python client against our server; written by `make conformance`, never by hand.
+The API tests of OpenAI's own Python client against our server; written by `make conformance`, never by hand. The same
+command runs the npm client's streaming, tools and parsing (tests/conformance/npm).
 
 | resource | passed | of |
 |---|---|---|
 {rows}
 | **all** | **{passed.total()}** | **{total.total()}** |
+
+## What does not pass, and why
+
+| resource | tests | why |
+|---|---|---|
+{why}
 """
     page = ROOT / "docs" / "conformance.md"
     _, mark, rest = page.read_text(encoding="utf-8").partition("\n## Against ")  # what schemas.py has written
     page.write_text(text + mark + rest, encoding="utf-8")
+    for name in ("README.md", "README.zh-CN.md"):
+        readme = ROOT / name
+        old = readme.read_text(encoding="utf-8")
+        score = f"{MARK}**{passed.total()} / {total.total()}**{MARK_END}"
+        new = re.sub(re.escape(MARK) + ".*?" + re.escape(MARK_END), lambda _, score=score: score, old, flags=re.DOTALL)
+        readme.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

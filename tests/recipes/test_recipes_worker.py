@@ -88,7 +88,7 @@ class Place:
         command = [sys.executable, "-m", "fledge", "worker", "--threads", "1", "--name", name, *options]
         environment = {**os.environ, "FLEDGE_HOME": str(self.home)}
         environment.pop("FLEDGE_DATABASE_URL", None)
-        return subprocess.Popen(command, env=environment, stderr=None if os.environ.get("FLEDGE_SHOW") else subprocess.DEVNULL)
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
     async def work(self) -> None:
         """Until there is nothing left to do."""
