@@ -1,4 +1,5 @@
-"""Our own OpenAPI document, with what the framework does not know of: that every path needs a key but the public ones.
+"""Our own OpenAPI document, with what the framework does not know of: that every path needs a key but the public ones,
+and which answers may be streams.
 
 The keys are asked for before routing (guard.py), so no route declares them.
 """
@@ -13,6 +14,15 @@ from fledge.serve.auth import PUBLIC
 
 _SCHEME = {"type": "http", "scheme": "bearer", "description": "a key made by `fledge keys create`"}
 
+# With `stream` these answer with server-sent events (sse.py).
+STREAMS = (
+    ("post", "/v1/chat/completions"),
+    ("post", "/v1/completions"),
+    ("post", "/v1/responses"),
+    ("get", "/v1/responses/{response_id}"),
+    ("get", "/v1/jobs/{job_id}/events"),
+)
+
 
 def document(app: FastAPI) -> dict[str, Any]:
     """The framework's document and the keys; made once, and then remembered by the app."""
@@ -23,5 +33,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         for path in PUBLIC & set(made["paths"]):
             for operation in made["paths"][path].values():
                 operation["security"] = []
+        for method, path in STREAMS:
+            content = made["paths"][path][method]["responses"]["200"].setdefault("content", {})
+            content["text/event-stream"] = {"schema": {"type": "string"}}
         app.openapi_schema = made
     return app.openapi_schema

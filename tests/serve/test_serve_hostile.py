@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from serve_fakes import Server, tokenizer
 
+from fledge.serve.document import STREAMS
 from fledge.serve.limits import Attempts
 from fledge.store.database import Database
 from fledge.store.keys import list_keys
@@ -270,3 +271,15 @@ async def test_our_document_says_what_needs_a_key(server: Server) -> None:
     assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
     assert document["paths"]["/health"]["get"]["security"] == []
     assert "security" not in document["paths"][CHAT]["post"]
+
+
+async def test_our_document_says_which_answers_may_be_streams(server: Server) -> None:
+    async with server.client() as client:
+        for method, path in STREAMS:
+            if method == "post":
+                body = {**BASES[path], "stream": True}
+                body.pop("logprobs", None)
+                answer = await client.post(path, json=body)
+                assert answer.headers["content-type"].startswith("text/event-stream"), path
+            answers = server.app.openapi()["paths"][path][method]["responses"]["200"]["content"]
+            assert "text/event-stream" in answers
