@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_infer_adapters import adapter_of
 from test_infer_engine import GREEDY, PROMPTS, Words, asking, assert_all_free, engine_of
 from test_infer_naive import build, run
 
@@ -79,6 +80,25 @@ def test_more_answers_than_a_graph_takes_run_uncompiled(graphs: list[Any]) -> No
     prompts = [PROMPTS[0]] * (MAX_ROWS + 1)
     got = engine.generate(asking(prompts, GREEDY))
     assert {own.ids for [own] in got} == {run(generate_uncached, model, PROMPTS[:1], GREEDY)[0].ids}
+
+
+def test_while_adapters_are_loaded_steps_run_uncompiled(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama-grouped").eval()
+    engine = engine_of(model, compile=True)
+    truth = run(generate_uncached, model, PROMPTS[:2], GREEDY)
+    calls: list[int] = []
+    inner = CompiledDecoder.run
+    monkeypatch.setattr(CompiledDecoder, "run", lambda self, *given: (calls.append(1), inner(self, *given))[1])
+    used = []
+    for is_loaded in (False, True, False):
+        if is_loaded:
+            engine.load_adapter("a", adapter_of(model, 0, ("query", "up")))
+        calls.clear()
+        assert [own.ids for [own] in engine.generate(asking(PROMPTS[:2], GREEDY))] == [c.ids for c in truth]
+        used.append(bool(calls))
+        if is_loaded:
+            engine.unload_adapter("a")
+    assert used == [True, False, True]
 
 
 def test_what_cannot_be_compiled_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

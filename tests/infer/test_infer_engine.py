@@ -94,9 +94,9 @@ def truth(model: CausalModel) -> list[Completion]:
     [
         {},
         {"max_step_tokens": 1, "max_live": 1},
-        {"max_step_tokens": 7, "max_live": 3},
+        pytest.param({"max_step_tokens": 7, "max_live": 3}, marks=pytest.mark.slow),
         {"max_step_tokens": BLOCK, "max_live": 4},
-        {"block_size": 1, "num_blocks": 240},
+        pytest.param({"block_size": 1, "num_blocks": 240}, marks=pytest.mark.slow),
         {"num_blocks": 11},
     ],
     ids=["whole", "chunks of 1", "chunks of 7", "chunks of a block", "blocks of 1", "preempted"],

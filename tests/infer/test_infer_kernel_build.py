@@ -88,6 +88,7 @@ def test_a_home_that_cannot_be_written_is_told(sources: Path, monkeypatch: pytes
         kernel_build.library()
 
 
+@pytest.mark.slow
 def test_two_processes_build_one_library(sources: Path, tmp_path: Path) -> None:
     script = (
         "import logging; logging.basicConfig(); from pathlib import Path; from fledge.infer import kernel_build as b;"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fledge.infer.stops import AnswerText
@@ -49,6 +49,7 @@ def cuts(text: str, places: list[int]) -> list[bytes]:
 letters = st.text("ab中é🐦", max_size=12)
 
 
+@settings(deadline=None)
 @given(letters, st.lists(st.text("ab中é🐦", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 60)))
 @example("aab", ["ab", "aab"], [])
 @example("aabab", ["abab", "aabb"], [1, 2, 3])
@@ -59,6 +60,7 @@ def test_the_answer_is_cut_where_the_whole_text_says_however_it_is_tokenised(
     assert ("".join(pieces), is_stopped) == cut_slowly(text, stops)
 
 
+@settings(deadline=None)
 @given(letters, st.lists(st.text("ab中é🐦", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 60)))
 def test_no_more_is_withheld_than_may_begin_a_stop_string(text: str, stops: list[str], places: list[int]) -> None:
     tokens = cuts(text, places)
