@@ -77,10 +77,13 @@ def cut_down(published: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 def mended(document: dict[str, Any]) -> dict[str, Any]:
     """Where the published document contradicts itself, what its other half says: an upload may be for "evals", so a
-    file may be; and an error stands in `error`, as `ErrorResponse` has it, for responses too."""
+    file may be; `encoding_format` may be base64, so an embedding may be a text; and an error stands in `error`, as
+    `ErrorResponse` has it, for responses too."""
     purpose = document["components"]["schemas"]["OpenAIFile"]["properties"]["purpose"]["enum"]
     uploads = document["components"]["schemas"]["CreateFileRequest"]["properties"]["purpose"]["enum"]
     purpose += [name for name in uploads if name not in purpose]
+    vector = document["components"]["schemas"]["Embedding"]["properties"]
+    vector["embedding"] = {"anyOf": [vector["embedding"], {"type": "string"}]}
     operations = [by[method] for by in document["paths"].values() for method in by if method in METHODS]
     answers = [one for operation in operations for status, one in operation["responses"].items() if status[0] == "4"]
     for answer in answers:
