@@ -316,6 +316,9 @@ class Grammar:
     text: str = ""
 
 
+MAX_ANSWERS = 4096  # of one request: each takes memory before its first token
+
+
 @dataclass(frozen=True)
 class Request:
     """What the engine is asked: `n` answers to one prompt, the best of `best_of` by mean log-probability.
@@ -345,6 +348,7 @@ class Request:
         best_of = self.n if self.best_of is None else self.best_of
         checks: Sequence[tuple[bool, str]] = (
             (1 <= self.n <= best_of, f"n must be from 1 to best_of, got n {self.n} and best_of {best_of}"),
+            (best_of <= MAX_ANSWERS, f"a request has at most {MAX_ANSWERS} answers, got {best_of}; send several"),
             (all(self.stop), "a stop string must hold at least one character"),
             (
                 min(self.top_logprobs or 0, self.prompt_logprobs or 0) >= 0,

@@ -218,7 +218,7 @@ class EngineProcess:
     def update_weights(self, path: Path | str, version: str) -> None:
         """Take the tensors of a safetensors file between two steps; see `Engine.update_weights`.
 
-        The file must stay until the next update: a process that is started again reads it.
+        The file must stay until the next update: a process that is started again reads the last one, and it alone.
         """
 
         def remember() -> None:

@@ -19,6 +19,9 @@ from torch import Tensor
 from fledge.errors import UserError
 from fledge.types import SamplingParams
 
+# Of a bias: some dozens of these still add up to a float32, whatever the logits.
+_LARGEST = 1e37
+
 
 class Shaper:
     """Follows one answer: `push` every token drawn, `apply` to the logits of the next.
@@ -85,11 +88,11 @@ class Shaper:
 
 
 def check_ids(params: SamplingParams, vocab_size: int) -> None:
-    """`UserError` if the parameters name ids outside the vocabulary, or an infinite preference for one."""
+    """`UserError` if the parameters name ids outside the vocabulary, or prefer one by more than float32 can tell."""
     named = [*(params.allowed_ids or ()), *(token for token, _ in params.logit_bias)]
     if named and not 0 <= min(named) <= max(named) < vocab_size:
         raise UserError(
             f"allowed_ids and logit_bias name ids {min(named)} to {max(named)}, the model knows 0 to {vocab_size - 1}"
         )
-    if any(bias == math.inf for _, bias in params.logit_bias):
+    if any(bias > _LARGEST for _, bias in params.logit_bias):
         raise UserError("a logit_bias of infinity leaves nothing to draw from; use allowed_ids, or a finite bias")

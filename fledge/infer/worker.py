@@ -15,8 +15,10 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # What could not be written within this time when the process ends is lost: the client has stopped reading.
 _FLUSH_SECONDS = 5.0
+# Positions that are scored or embedded between two steps, so that those who wait for a token wait no longer than that.
+_READ_POSITIONS = 4096
 # How often the process looks whether its parent is still the one that started it.
 _PARENT_SECONDS = 1.0
 
@@ -75,16 +79,44 @@ class _Prepared:
     error: Exception | None
 
 
+class _Reading:
+    """Rows to be scored or embedded, the longest first, as far as that has come. `order` are the rows not read yet."""
+
+    def __init__(self, message: messages.Score | messages.Embed) -> None:
+        self.call, self._message = message.call, message
+        self.order = sorted(range(len(message.rows)), key=lambda place: -len(message.rows[place]))
+        self._found: dict[int, Any] = {}
+
+    def read(self, engine: Hosted) -> None:
+        rows = self._message.rows
+        sizes = accumulate(len(rows[place]) for place in self.order)
+        num_next = max(1, sum(size <= _READ_POSITIONS for size in sizes))
+        places, self.order = self.order[:num_next], self.order[num_next:]
+        some = [rows[place] for place in places]
+        is_score = isinstance(self._message, messages.Score)
+        found = engine.score(some) if is_score else np.asarray(engine.embed(some), dtype="<f4")
+        self._found.update(zip(places, found, strict=True))
+
+    def answer(self) -> Struct:
+        in_order = [self._found[place] for place in range(len(self._message.rows))]
+        if isinstance(self._message, messages.Score):
+            return messages.Scores(self.call, in_order)
+        width = len(in_order[0]) if in_order else 0
+        return messages.Vectors(self.call, width, b"".join(vector.tobytes() for vector in in_order))
+
+
 Inbox = queue.SimpleQueue[ToEngine | _Prepared]
 
 
 @dataclass
 class _Desk:
-    """Where messages are dealt with. The requests of `preparing` wait for their grammars, in the hands of a thread."""
+    """Where messages are dealt with. The requests of `preparing` wait for their grammars, in the hands of a thread;
+    `readings` are the texts to be scored or embedded, of which a portion is read between two steps."""
 
     engine: Hosted
     inbox: Inbox
     preparing: dict[int, Request] = field(default_factory=dict)
+    readings: deque[_Reading] = field(default_factory=deque)
     _grammars: queue.SimpleQueue[tuple[int, Request, Grammar]] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
@@ -109,8 +141,26 @@ class _Desk:
                 return None
             case messages.Cancel(target=target):
                 return self._cancel(target)
+            case messages.Score() | messages.Embed():
+                self.readings.append(_Reading(message))
+                return None
             case _:
                 return _do(self.engine, message)
+
+    def read(self) -> Struct | None:
+        """Read the next portion of what is to be scored or embedded; the answer if that was the last."""
+        reading = self.readings.popleft()
+        try:
+            reading.read(self.engine)
+        except UserError as error:
+            return messages.Refused(reading.call, str(error))
+        except Exception as error:
+            log.exception("the engine could not answer")
+            return messages.Failed(reading.call, f"{type(error).__name__}: {error}")
+        if reading.order:
+            self.readings.append(reading)  # the next one's turn
+            return None
+        return reading.answer()
 
     def _submit(self, call: int, request: Request) -> None:
         if request.id != str(call):
@@ -203,27 +253,23 @@ def _serve(link: Link[ToEngine], inbox: Inbox, load: Load) -> None:
     desk = _Desk(engine, inbox)
     link.send(messages.Ready(start.call, engine.vocab_size, engine.max_positions))
     while True:
-        while not inbox.empty() or not engine.has_work:
-            message = inbox.get()
-            answer = desk.answer(message)
-            if answer is not None:
-                link.send(answer)
-            if isinstance(message, messages.Score | messages.Embed) and engine.has_work:
-                break  # a pile of them must not keep those who wait for a token
-        events = engine.step()
-        if events:
+        while not inbox.empty() or not (engine.has_work or desk.readings):
+            _tell(link, desk.answer(inbox.get()))
+        if desk.readings:
+            _tell(link, desk.read())
+        if engine.has_work and (events := engine.step()):
             link.send(messages.Events(events))
+
+
+def _tell(link: Link[ToEngine], answer: Struct | None) -> None:
+    if answer is not None:
+        link.send(answer)
 
 
 def _do(engine: Hosted, message: ToEngine) -> Struct | None:
     """What needs no more than the engine."""
     call = message.call
     match message:
-        case messages.Score(rows=rows):
-            return messages.Scores(call, engine.score(rows))
-        case messages.Embed(rows=rows):
-            vectors = np.asarray(engine.embed(rows), dtype="<f4")
-            return messages.Vectors(call, vectors.shape[1], vectors.tobytes())
         case messages.UpdateWeights(path=path, version=version):
             engine.update_weights(path, version)
         case messages.LoadAdapter(name=name, path=path):

@@ -23,6 +23,7 @@ STEP_FAILS, SUBMIT_FAILS, NOT_A_NUMBER = 990, 991, 992
 @dataclass(frozen=True)
 class FakeStats:
     num_live: int
+    num_pauses: int
     num_steps: int
     weights_version: str
     adapters: str
@@ -38,6 +39,7 @@ class FakeEngine:
         self._live: dict[str, tuple[Request, int]] = {}
         self._outbox: list[TokenEvent] = []
         self._num_steps = 0
+        self._read_after: set[int] = set()  # the numbers of steps
         self._version = ""
         self._adapters: dict[str, str] = {}
 
@@ -98,6 +100,9 @@ class FakeEngine:
         return [[-float(id) for id in row[1:]] for row in rows]
 
     def embed(self, rows: list[list[int]]) -> list[list[float]]:
+        if rows and max(map(max, rows)) >= VOCAB:
+            raise UserError("no such id")
+        self._read_after.add(self._num_steps)
         return [[float(len(row)), float(row[0]), 0.5] for row in rows]
 
     def update_weights(self, path: str, version: str) -> None:
@@ -113,7 +118,9 @@ class FakeEngine:
             raise UserError(f"no adapter '{name}' is loaded")
 
     def stats(self) -> FakeStats:
-        return FakeStats(len(self._live), self._num_steps, self._version, " ".join(sorted(self._adapters)))
+        return FakeStats(
+            len(self._live), len(self._read_after), self._num_steps, self._version, " ".join(sorted(self._adapters))
+        )
 
 
 def load(start: Start) -> FakeEngine:

@@ -371,6 +371,7 @@ def test_a_request_that_can_never_run_is_refused_by_name(llama: CausalModel) -> 
             good, id="b", params=SamplingParams(logit_bias=((61, 1.0),), max_tokens=4)
         ),
         "bias of infinity": replace(good, id="b", params=SamplingParams(logit_bias=((6, math.inf),), max_tokens=4)),
+        "infinity leaves": replace(good, id="b", params=SamplingParams(logit_bias=((6, 1e39),), max_tokens=4)),
         "64 bits": replace(good, id="b", params=SamplingParams(seed=2**63, max_tokens=4)),
     }
     for complaint, request in refused.items():

@@ -177,6 +177,7 @@ def request_with(**changes: object) -> bytes:
         (request_with(request__params__top_p=float("nan")), 9, "top_p must be"),
         (request_with(request__prompt_ids="abc"), 9, "Expected `array`, got `str`"),
         (request_with(request__n=0), 9, "n must be from 1"),
+        (request_with(request__n=10**9, request__best_of=None), 9, "at most 4096 answers"),
         (request_with(request__grammar={"kind": "python", "text": ""}), 9, "Invalid enum value 'python'"),
         (request_with(request__id="another"), 9, "named 'another'"),
         (msgspec.msgpack.encode(messages.Start("again", call=6)), 6, "started already"),

@@ -97,6 +97,20 @@ def test_every_question_has_its_answer(shared: EngineProcess, tmp_path: Path) ->
     assert (stats["weights_version"], stats["adapters"], stats["num_live"]) == ("seven", "", 0)
 
 
+def test_many_texts_are_read_in_portions_between_the_steps_of_others(engine: EngineProcess) -> None:
+    with engine.submit(ask("endless", max_tokens=ENDLESS)) as stream:
+        next(stream)
+        rows = [[place] * size for place, size in enumerate((9, 3000, 5000, 3000, 1, 2000, 2000), start=1)]
+        vectors = engine.embed(rows)
+        assert vectors[:, 0].tolist() == [len(row) for row in rows]
+        assert vectors[:, 1].tolist() == [1, 2, 3, 4, 5, 6, 7]
+        assert engine.stats()["num_pauses"] == 4  # 5000 alone, 3000, 3000, 2000 + 2000 + 9 + 1
+        with pytest.raises(UserError, match="no such id"):
+            engine.embed([[5] * 5000, [5000]])
+        assert engine.score([[5, 6]]) == [[-6.0]]
+    assert engine.embed([]).size == 0
+
+
 def test_what_is_refused_is_a_user_error_and_harms_nobody(shared: EngineProcess, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="id 5000 is outside the vocabulary of 1000"):
         list(shared.submit(ask("bad", 5000)))
