@@ -72,7 +72,7 @@ def pack_int8(weight_NK: Tensor) -> Tensor:
 
 
 def linear_int8(x: Tensor, packed: Tensor, scales_N: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """float32 (..., N): x (..., K) float32, rounded to int8 in groups of 128, times int8 weights with a scale a channel.
+    """float32 (..., N): x (..., K) float32, rounded to int8 in groups of 128, times int8 weights, a scale a channel.
 
     `packed` from `pack_int8`. A row's result does not depend on the rows beside it, bit for bit. A row that holds NaN
     or infinity gives NaN.
