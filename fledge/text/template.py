@@ -101,7 +101,7 @@ class TemplateRenderer:
         for place, message in enumerate(messages):
             if message.role == "assistant":
                 start = self._prefix_length(replace(conversation, messages=messages[:place]), ids)
-                end = self._turn_end(runs, place, ids)
+                end = self._turn_end(runs, place, ids, start)
                 mask[start : end + 1] = [message.is_learned] * (end + 1 - start)
         if not ended and messages and messages[-1].role == "assistant":
             ids, mask = ids[:end], mask[:end]
@@ -162,6 +162,8 @@ class TemplateRenderer:
         """A message as the template sees it. Calls are given apart to a template that asks for them."""
         calls = [part for part in message.parts if isinstance(part, CallPart)] if self._asks_for_calls else []
         text = "".join(part.text for part in message.parts if part not in calls)
+        if message.role == "assistant" and not text.strip():
+            text = ""  # white space alone would melt into the template's own
         bare: dict[str, Any] = {"role": message.role, "content": veil.content(number, text, message.role)}
         if calls:
             bare["tool_calls"] = [veil.json(_as_json(call), number) for call in calls]
@@ -184,15 +186,15 @@ class TemplateRenderer:
             )
         return len(prompt)
 
-    def _turn_end(self, runs: Sequence[_Run], message: int, ids: Sequence[int]) -> int:
-        """The place of the token that ends a message of the assistant's."""
+    def _turn_end(self, runs: Sequence[_Run], message: int, ids: Sequence[int], start: int) -> int:
+        """The place of the token that ends a message of the assistant's, which begins at `start`."""
         starts = _starts(runs)
-        own = [number for number, run in enumerate(runs) if run.message == message]
+        own = [starts[number] + len(run.ids) for number, run in enumerate(runs) if run.message == message]
         later = [starts[number] for number, run in enumerate(runs) if run.message is not None and run.message > message]
-        if own:
-            for place in range(starts[own[-1]] + len(runs[own[-1]].ids), min(later, default=len(ids))):
-                if ids[place] == self.end_id:
-                    return place
+        # An empty answer has no run of its own.
+        for place in range(max(own, default=start), min(later, default=len(ids))):
+            if ids[place] == self.end_id:
+                return place
         raise UserError(
             "the model's chat template does not end every answer with the same token, so that nothing can be learned "
             "from it; chat with the model, or train it with a template of fledge's"

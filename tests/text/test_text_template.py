@@ -304,3 +304,17 @@ def test_a_call_between_special_tokens_is_written_with_them_and_read_with_them()
     said = (opening, *mine.tokenizer.encode(call.text.split("tool_call>")[1].removesuffix("</")), closing)
     message, termination = mine.parse((*told, *said, mine.end_id))
     assert (message.text, termination.value) == (call.text, "end_of_turn")
+
+
+@every_style
+@pytest.mark.parametrize("nothing", ["", " ", "\n\n", "　"])
+def test_an_answer_of_nothing_is_its_end_alone(style: str, nothing: str) -> None:
+    own = RENDERERS[style]
+    asked = Conversation.of(("user", "#1"))
+    rendered = own.render(asked.then("assistant", nothing))
+    prompt = own.prompt(asked)
+    assert rendered.ids[: len(prompt)] == prompt
+    assert [token for token, learned in zip(rendered.ids, rendered.loss_mask, strict=True) if learned][-1] == own.end_id
+    assert (
+        own.render(asked.then("assistant", nothing), ended=False).ids == rendered.ids[: rendered.loss_mask.index(True)]
+    )
