@@ -12,6 +12,9 @@ from fastapi import FastAPI
 
 from fledge.serve.auth import PUBLIC
 
+# Of each event of a stream; its data is JSON, or "[DONE]" at the end of a chat's.
+_TEXT = {"type": "string"}
+_EVENT = {"type": "object", "properties": {"event": _TEXT, "data": _TEXT, "id": _TEXT}}
 _SCHEME = {"type": "http", "scheme": "bearer", "description": "a key made by `fledge keys create`"}
 
 # With `stream` these answer with server-sent events (sse.py).
@@ -35,6 +38,6 @@ def document(app: FastAPI) -> dict[str, Any]:
                 operation["security"] = []
         for method, path in STREAMS:
             content = made["paths"][path][method]["responses"]["200"].setdefault("content", {})
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {"schema": _EVENT}
         app.openapi_schema = made
     return app.openapi_schema

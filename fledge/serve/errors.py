@@ -123,9 +123,11 @@ def from_validation(error: RequestValidationError) -> ApiError:
 
 
 def _allowed(routers: Sequence[APIRouter], request: Request) -> str:
-    """The methods of all routes that have this path; the framework names those of the first alone."""
+    """The methods of all routes that have this path; the framework names those of the first alone. A route of this very
+    path hides those with a parameter in its place."""
     every = (route for router in routers for route in router.routes)
     routes = [route for route in every if route.matches(request.scope)[0] is not Match.NONE]
+    routes = [route for route in routes if getattr(route, "path", "") == request.scope["path"]] or routes
     return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 

@@ -263,6 +263,9 @@ async def test_19_json_10_000_deep_is_refused_in_whatever_field(server: Server) 
 async def test_a_405_names_all_that_is_allowed_there(client: httpx2.AsyncClient) -> None:
     answer = await client.put("/v1/files/x")
     assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET")
+    # A path of its own beside one with a parameter in its place.
+    answer = await client.put("/v1/responses/compact")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 async def test_our_document_says_what_needs_a_key(server: Server) -> None:
