@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from fledge.data.filters import document_key, example_text
-from fledge.text.chat import Renderer, normalise
+from fledge.text.chat import Renderer
 from fledge.types import ChatExample, Conversation, Provenance
 
 # Shares of the training conversations, in InstructGPT's order of magnitude: PPO prompts cost nothing but variety.
@@ -41,20 +41,20 @@ def part_of(chat: ChatExample) -> str:
     return "ppo"
 
 
-def windows(chat: ChatExample, renderer: Renderer, max_tokens: int) -> list[ChatExample]:
-    """The conversation as consecutive stretches that begin with a user turn and fit `max_tokens`, none overlapping.
+def windows(conversation: Conversation, renderer: Renderer, max_tokens: int) -> list[Conversation]:
+    """A `normalise`d conversation as consecutive stretches that begin with a user turn and fit `max_tokens`, none
+    overlapping.
 
     A single exchange that does not fit is kept whole; `conversation_piece` decides what of it can be learned.
     """
-    exchanges = _exchanges(normalise(chat.conversation))
     stretches: list[list[Conversation]] = []
-    for exchange in exchanges:
+    for exchange in _exchanges(conversation):
         held = stretches[-1] if stretches else None
         if held is not None and len(renderer.render(_joined([*held, exchange])).ids) <= max_tokens:
             held.append(exchange)
         else:
             stretches.append([exchange])
-    return [ChatExample(_joined(stretch), chat.provenance) for stretch in stretches]
+    return [_joined(stretch) for stretch in stretches]
 
 
 def prompts(

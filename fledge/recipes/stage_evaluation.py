@@ -27,7 +27,7 @@ from fledge.recipes.stage_corpus import (
     validation_texts,
 )
 from fledge.recipes.stage_reward import measure_accuracy
-from fledge.recipes.stage_text import measure_bits_per_byte
+from fledge.recipes.stage_text import language_of
 from fledge.recipes.training import Context
 from fledge.types import Completion, Metrics
 
@@ -43,9 +43,7 @@ def evaluation_stage(context: Context) -> None:
     stages = (*STAGES, "control") if context.plan.control else STAGES
     models = {name: context.model(name) for name in stages}
     context.listener.step(context.name, 1, 5, {})
-    language = {
-        name: measure_bits_per_byte(context, m.model, texts, (*texts.prose, *texts.code)) for name, m in models.items()
-    }
+    language = {name: language_of(context, name, loaded.model, texts) for name, loaded in models.items()}
     context.listener.step(context.name, 2, 5, {})
     ngrams = _kneser_ney(context, texts)
     context.listener.step(context.name, 3, 5, {})

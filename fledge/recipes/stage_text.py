@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,18 +17,21 @@ from fledge.data.pack import PackedRows, PieceList, RowSource, ShardDocuments, b
 from fledge.errors import DataError
 from fledge.evals import bits_per_byte
 from fledge.evals.scorer import CausalScorer
+from fledge.files import write_json
 from fledge.objectives.next_token import NextToken
 from fledge.recipes.chats import windows
 from fledge.recipes.plan import FitPlan
 from fledge.recipes.report import Claim, Fact, Table
 from fledge.recipes.stage_corpus import Texts, chats_of, document_numbers, open_texts, validation_texts
 from fledge.recipes.training import Context, Course, initialised, next_token, pairs_of, save_stage_model, train
-from fledge.text.chat import conversation_piece
+from fledge.text.chat import conversation_piece, normalise
 from fledge.train.loop import Pairs, TrainState
 from fledge.train.metrics import FLOPS_FORMULA
 from fledge.types import ChatExample, Metrics, Piece
 
-VALIDATION_ROWS = 64  # of the curve while training; the figures on the card are measured on all held-out text
+CHATS_AT_ONCE = 512  # cut into pieces: their texts are encoded together
+LANGUAGE = "language.json"  # bits per byte of a stage's model, beside it
+VALIDATION_ROWS = 32  # of the curve while training; the figures on the card are measured on all held-out text
 VALIDATIONS = 10  # points on that curve
 
 
@@ -54,10 +58,10 @@ def pretrain_stage(context: Context) -> None:
     course = Course(fit, batches, _validating(texts, held_out, fit))
     train(context, model, course)
     save_stage_model(context, model, texts.tokenizer, {})
-    bpb = measure_bits_per_byte(context, model, texts, texts.prose)
+    found = _leave_language(context, model, texts)
     context.report = replace(
         context.report,
-        headline=Fact("prose", bpb["bits_per_byte"], "bits per byte"),
+        headline=Fact("prose", found.get("bits_per_byte/without_code", found["bits_per_byte"]), "bits per byte"),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         facts=(
             Fact("training tokens", fit.tokens),
@@ -73,7 +77,7 @@ def code_stage(context: Context) -> None:
     """Go on from the base model on mostly code, some of it rearranged for fill-in-the-middle."""
     plan, texts = context.plan.code, open_texts(context)
     fit, base = plan.fit, context.model("pretrain")
-    before = measure_bits_per_byte(context, base.model, texts, (*texts.prose, *texts.code))
+    before = language_of(context, "pretrain", base.model, texts)
     numbers = document_numbers(texts.train, _code(texts))
     documents = FimDocuments(ShardDocuments(texts.train, numbers), plan.fim, fim_tokens(texts), context.plan.seed)
     code = PackedRows(documents, fit.row_length, context.plan.seed)
@@ -86,7 +90,7 @@ def code_stage(context: Context) -> None:
     held_out = _packed(context, texts, _code(texts), fit, held_out=True)
     train(context, base.model, Course(fit, batches, _validating(texts, held_out, fit)))
     save_stage_model(context, base.model, texts.tokenizer, {"base": base.hash})
-    after = measure_bits_per_byte(context, base.model, texts, (*texts.prose, *texts.code))
+    after = _leave_language(context, base.model, texts)
     kinds = {"code": "/all_code", "prose": "/without_code"}
     table = [(name, before[f"bits_per_byte{s}"], after[f"bits_per_byte{s}"]) for name, s in kinds.items()]
     gain = before["bits_per_byte/all_code"] - after["bits_per_byte/all_code"]
@@ -132,20 +136,39 @@ def sft_stage(context: Context) -> None:
 
 def chat_pieces(chats: Sequence[ChatExample], texts: Texts, row_length: int) -> list[Piece]:
     """Conversations as trainable pieces of at most a row; `DataError` if there is none."""
-    stretches = (window for chat in chats for window in windows(chat, texts.renderer, row_length))
-    pieces = (conversation_piece(texts.renderer, stretch.conversation, row_length) for stretch in stretches)
-    kept = [piece for piece in pieces if piece is not None]
+    kept: list[Piece] = []
+    for first in range(0, len(chats), CHATS_AT_ONCE):
+        whole = [normalise(chat.conversation) for chat in chats[first : first + CHATS_AT_ONCE]]
+        renderer = texts.renderer.knowing(message.text for each in whole for message in each.messages)
+        stretches = (stretch for each in whole for stretch in windows(each, renderer, row_length))
+        pieces = (conversation_piece(renderer, stretch, row_length) for stretch in stretches)
+        kept += [piece for piece in pieces if piece is not None]
     if not kept:
         raise DataError("no conversation to learn from: name a source in corpus.chats or put chats (JSONL) into --text")
     return kept
 
 
-def measure_bits_per_byte(context: Context, model: nn.Module, texts: Texts, names: tuple[str, ...]) -> Metrics:
-    """Bits per byte on all held-out documents of these sources, in windows of pretraining's row length."""
+def language_of(context: Context, stage: str, model: nn.Module, texts: Texts) -> Metrics:
+    """Bits per byte of a finished stage's `model`: as the stage left them, else measured now."""
+    path = context.run / stage / LANGUAGE
+    return (
+        dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else _bits_per_byte(context, model, texts)
+    )
+
+
+def _leave_language(context: Context, model: nn.Module, texts: Texts) -> Metrics:
+    """Measure this stage's model once for all who ask `language_of` it."""
+    found = _bits_per_byte(context, model, texts)
+    write_json(context.path / LANGUAGE, found)
+    return found
+
+
+def _bits_per_byte(context: Context, model: nn.Module, texts: Texts) -> Metrics:
+    """Bits per byte on all held-out documents, in windows of pretraining's row length."""
     any_model: Any = model
     row_length = context.plan.pretrain.fit.row_length
     scorer = CausalScorer(any_model, row_length=row_length, pad_id=texts.tokenizer.pad_id)
-    documents = validation_texts(context, names)
+    documents = validation_texts(context, (*texts.prose, *texts.code))
     code = [name for name in texts.code if name in documents]
     return bits_per_byte.evaluate(scorer, documents, texts.tokenizer, code_sources=code)
 

@@ -10,9 +10,10 @@ one, or speak in another's name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, get_args
+from typing import Protocol, Self, get_args
 
 import numpy as np
 
@@ -75,12 +76,20 @@ class ChatRenderer:
         self.role_ids: dict[Role, int] = {role: tokenizer.special_id(getattr(template, role)) for role in ROLES}
         self.stop_ids = frozenset((self.end_id, tokenizer.end_of_text_id))
         self._role_of: dict[int, Role] = {token_id: role for role, token_id in self.role_ids.items()}
+        self._encoded: Mapping[str, Sequence[int]] = {}
         used = (self.start_id, self.end_id, tokenizer.pad_id, *self.role_ids.values())
         if len(set(used)) < len(used):
             raise TokenizerError(
                 f"a chat template needs distinct tokens for padding, start, end and each role, got the ids {used}; "
                 f"give each a token of its own"
             )
+
+    def knowing(self, texts: Iterable[str]) -> Self:
+        """This renderer with these texts encoded beforehand, on all cores: for who renders the same messages more than
+        once. What it gives is the same."""
+        renderer, known = copy.copy(self), list(dict.fromkeys(texts))
+        renderer._encoded = dict(zip(known, self.tokenizer.encode_batch(known), strict=True))
+        return renderer
 
     def render(self, conversation: Conversation, *, ended: bool = True) -> Rendered:
         """The whole conversation, verbatim. The mask is true on the assistant's tokens and their `<|end|>` (C9);
@@ -122,7 +131,8 @@ class ChatRenderer:
 
     def turn(self, message: Message) -> Rendered:
         """One message: its role, its text, the end of the turn. A conversation is the start token and its turns."""
-        text = self.tokenizer.encode(message.text)
+        known = self._encoded.get(message.text)
+        text = self.tokenizer.encode(message.text) if known is None else known
         is_learned = message.role == "assistant" and message.is_learned
         ids = (self.role_ids[message.role], *text, self.end_id)
         return Rendered(ids, (False, *(is_learned for _ in text), is_learned))

@@ -52,6 +52,18 @@ def test_every_stage_leaves_a_manifest_and_the_run_a_card(finished: Path) -> Non
     assert {"pretrain", "code", "sft", "reward", "gold", "ppo"} <= stages
 
 
+def test_bits_per_byte_of_a_stage_are_the_same_wherever_they_stand(finished: Path) -> None:
+    def table(stage: str) -> dict[str, list[object]]:
+        report = json.loads((finished / stage / "report.json").read_text())
+        return {row[0]: row[1:] for row in report["tables"][0]["rows"]}
+
+    code, evaluation = table("code"), table("evaluation")
+    for column, stage in enumerate(("pretrain", "code")):
+        left = json.loads((finished / stage / "language.json").read_text())
+        assert code["code"][column] == left["bits_per_byte/all_code"]
+        assert code["prose"][column] == evaluation[stage][0] == left["bits_per_byte/without_code"]
+
+
 def test_lineage_can_be_read_from_disk(finished: Path) -> None:
     def info(stage: str, name: str = "model") -> dict[str, object]:
         data: dict[str, object] = json.loads((finished / stage / name / "run.json").read_text())

@@ -50,6 +50,13 @@ def renderer(request: pytest.FixtureRequest) -> ChatRenderer:
 RENDERER = ChatRenderer(trained())
 
 
+@given(conversations)
+def test_texts_encoded_beforehand_render_the_same(conversation: Conversation) -> None:
+    knowing = RENDERER.knowing(message.text for message in conversation.messages)
+    assert knowing.render(conversation) == RENDERER.render(conversation)
+    assert RENDERER.knowing(["hello"]).render(conversation) == RENDERER.render(conversation)
+
+
 def test_c09_the_loss_covers_assistant_tokens_and_their_end_only(renderer: ChatRenderer) -> None:
     tokenizer = renderer.tokenizer
     conversation = Conversation.of(("system", "s"), ("user", "Hi"), ("assistant", "你好"))

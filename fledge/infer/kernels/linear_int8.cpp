@@ -22,8 +22,8 @@ constexpr int CHANNELS = INT8_CHANNELS;
 constexpr int64_t GROUP = INT8_GROUP;
 constexpr int VECTORS = CHANNELS / LANES;
 constexpr int HALVES = CHANNELS / FLOATS;
-// As many rows at once as their sums, of a group and of all, fit into the registers.
-constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 2 : 1;
+// As many rows at once as the sums of one group fit into the registers, beside the weights and what they meet.
+constexpr int MAX_ROWS = LANES == 16 ? 12 : LANES == 8 ? 2 : 1;
 
 struct Problem {
   const int8_t* bytes;    // (rows, width)
@@ -35,17 +35,19 @@ struct Problem {
   int64_t num_groups, num_channels;
 };
 
-// The sums of one group: row by row, a float for every channel. One row alone would wait for its own sums: it keeps
-// several and adds them up at the end.
+// Adds one group's part to `acc`, row by row a float for every channel. A function of its own, with `acc` in memory:
+// its registers are for the group's own sums. One row alone would wait for its sums: it keeps several and adds them up
+// at the end.
 template <int ROWS>
-INLINE inline void group_sums(const uint8_t* w, const int8_t* x, int64_t stride, const int32_t* totals, int64_t num_groups,
-                              F32 (&out)[ROWS][HALVES]) {
+__attribute__((noinline)) void add_group(const uint8_t* w, const int8_t* x, const float* scales, const int32_t* totals,
+                                         int64_t num_groups, float (*acc)[CHANNELS]) {
   constexpr int CHAINS = ROWS == 1 ? 4 : 1;
-  I32 acc[ROWS][CHAINS][VECTORS];
+  const int64_t stride = num_groups * GROUP;
+  I32 sums[ROWS][CHAINS][VECTORS];
   unrolled<ROWS>([&](auto r) INLINE {
     const I32 offset = broadcast(-128 * totals[r * num_groups]);  // weights stand 128 too high
     unrolled<CHAINS>([&](auto c) INLINE {
-      unrolled<VECTORS>([&](auto v) INLINE { acc[r][c][v] = c == 0 ? offset : zero(); });
+      unrolled<VECTORS>([&](auto v) INLINE { sums[r][c][v] = c == 0 ? offset : zero(); });
     });
   });
   for (int64_t k = 0; k < GROUP; k += 4 * CHAINS) {
@@ -55,44 +57,35 @@ INLINE inline void group_sums(const uint8_t* w, const int8_t* x, int64_t stride,
       unrolled<VECTORS>([&](auto v) INLINE { weights[v] = load_bytes(from + 4 * LANES * v); });
       unrolled<ROWS>([&](auto r) INLINE {
         const Bytes four = shared(x + r * stride + k + 4 * c);
-        unrolled<VECTORS>([&](auto v) INLINE { acc[r][c][v] = dot(acc[r][c][v], weights[v], four); });
+        unrolled<VECTORS>([&](auto v) INLINE { sums[r][c][v] = dot(sums[r][c][v], weights[v], four); });
       });
     });
   }
   unrolled<ROWS>([&](auto r) INLINE {
+    const F32 scale = fill(scales[r * num_groups]);
     unrolled<HALVES>([&](auto h) INLINE {
       constexpr int PER_HALF = VECTORS / HALVES;
       I32 whole[PER_HALF];
       unrolled<PER_HALF>([&](auto v) INLINE {
-        I32 total = acc[r][0][h * PER_HALF + v];
-        unrolled<CHAINS - 1>([&](auto c) INLINE { total = add(total, acc[r][c + 1][h * PER_HALF + v]); });
+        I32 total = sums[r][0][h * PER_HALF + v];
+        unrolled<CHAINS - 1>([&](auto c) INLINE { total = add(total, sums[r][c + 1][h * PER_HALF + v]); });
         whole[v] = total;
       });
-      out[r][h] = to_floats(whole);
+      float* to = acc[r] + h * FLOATS;
+      store(to, load(to) + to_floats(whole) * scale);
     });
   });
 }
 
 template <int ROWS>
 void tile(const uint8_t* w, const Problem& problem, int64_t row, int64_t first) {
-  const int64_t num_groups = problem.num_groups, stride = num_groups * GROUP;
-  const int8_t* x = problem.bytes + row * stride;
-  const float* scales = problem.scales + row * num_groups;
-  const int32_t* totals = problem.totals + row * num_groups;
-  F32 acc[ROWS][HALVES];
-  unrolled<ROWS>([&](auto r) INLINE { unrolled<HALVES>([&](auto h) INLINE { acc[r][h] = F32{}; }); });
+  const int64_t num_groups = problem.num_groups;
+  alignas(64) float lanes[ROWS][CHANNELS] = {};
   for (int64_t g = 0; g < num_groups; ++g) {
-    F32 exact[ROWS][HALVES];
-    group_sums<ROWS>(w + g * GROUP * CHANNELS, x + g * GROUP, stride, totals + g, num_groups, exact);
-    unrolled<ROWS>([&](auto r) INLINE {
-      const F32 scale = fill(scales[r * num_groups + g]);
-      unrolled<HALVES>([&](auto h) INLINE { acc[r][h] = acc[r][h] + exact[r][h] * scale; });
-    });
+    const int64_t at = row * num_groups + g;
+    add_group<ROWS>(w + g * GROUP * CHANNELS, problem.bytes + at * GROUP, problem.scales + at, problem.totals + at,
+                    num_groups, lanes);
   }
-  alignas(64) float lanes[ROWS][CHANNELS];
-  unrolled<ROWS>([&](auto r) INLINE {
-    unrolled<HALVES>([&](auto h) INLINE { store(lanes[r] + h * FLOATS, acc[r][h]); });
-  });
   const int64_t count = std::min<int64_t>(CHANNELS, problem.num_channels - first);
   for (int r = 0; r < ROWS; ++r) {
     float* y = problem.y + (row + r) * problem.num_channels + first;

@@ -114,7 +114,11 @@ inline Bytes shared(const int8_t* four) {
   std::memcpy(&word, four, 4);
   return _mm512_set1_epi32(word);
 }
-inline I32 dot(I32 acc, Bytes weights, Bytes four) { return _mm512_dpbusd_epi32(acc, weights, four); }
+// The instruction itself: around the intrinsic, GCC copies every sum to another register, or to memory, and back.
+inline I32 dot(I32 acc, Bytes weights, Bytes four) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(four));
+  return acc;
+}
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
