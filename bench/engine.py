@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import transformers
@@ -39,7 +39,7 @@ from torch import nn
 from fledge.formats.gguf import read_gguf
 from fledge.formats.gguf_models import read_model
 from fledge.infer import naive
-from fledge.infer.engine import Engine
+from fledge.infer.engine import CacheType, Engine
 from fledge.infer.quantize import quantize
 from fledge.infer.quantized import Int4Linear, Int8Linear
 from fledge.infer.runner import probe_sites
@@ -56,7 +56,8 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def whole(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> float:
-    """Seconds for the answers, prompts included."""
+    """Seconds for the answers, prompts included: none of them is found in the cache of an earlier turn."""
+    engine.update_weights({}, f"turn {clocks.now()}")
     return seconds(lambda: engine.generate(requests(prompts, params)))
 
 
@@ -76,7 +77,7 @@ def steps(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPara
     return statistics.median(found)
 
 
-def streamed_bytes(model: Any, positions: int) -> int:
+def streamed_bytes(model: Any, positions: int, kept_dtype: torch.dtype | None) -> int:
     """What a step must read: the weights of the linear layers, and so many positions' keys and values."""
     weights = 0
     for module in cast(nn.Module, model).modules():
@@ -84,7 +85,7 @@ def streamed_bytes(model: Any, positions: int) -> int:
             weights += sum(buffer.nbytes for buffer in module.buffers())
         elif isinstance(module, nn.Linear):
             weights += module.weight.nbytes
-    return weights + positions * sum(shape.num_bytes for shape in probe_sites(model).values())
+    return weights + positions * sum(shape.num_bytes for shape in probe_sites(model, kept_dtype).values())
 
 
 def prompts_of(vocab_size: int, batch: int, length: int) -> list[list[int]]:
@@ -113,7 +114,7 @@ def share_of_roofline(args: argparse.Namespace, engine: Engine, model: Any, batc
     """Milliseconds of a decoding step and of the roofline, and the share."""
     prompts = prompts_of(model.vocab_size, batch, args.prompt)
     params = SamplingParams(max_tokens=args.tokens, temperature=0.0)
-    num_bytes = streamed_bytes(model, batch * (args.prompt + args.tokens // 2))
+    num_bytes = streamed_bytes(model, batch * (args.prompt + args.tokens // 2), engine.config.kept_dtype)
     roofline = Roofline(num_bytes, args.threads, args.folder)
     rows = turns(args.repeats, lambda: steps(engine, prompts, params), roofline.seconds)
     step, floor = medians(rows)
@@ -136,7 +137,7 @@ def gpt(args: argparse.Namespace) -> None:
     params = SamplingParams(max_tokens=args.tokens, temperature=0.0)
     alone = prompts_of(model.vocab_size, 1, args.prompt)
     for name, own in variants(model, args.formats):
-        engine = engine_of(own, is_compiled=args.compile)
+        engine = engine_of(own, is_compiled=args.compile, cache_type=args.cache_type)
         for batch in args.batch:
             many = prompts_of(model.vocab_size, batch, args.prompt)
             rows = turns(
@@ -169,7 +170,7 @@ def small(args: argparse.Namespace) -> None:
         return seconds(lambda: naive.generate(model, prompts, params, stop_ids=(), pad_id=PAD, decode=decode))
 
     for name, own in variants(model, args.formats):
-        engine = engine_of(own, is_compiled=args.compile)
+        engine = engine_of(own, is_compiled=args.compile, cache_type=args.cache_type)
         rows = turns(args.repeats, lambda engine=engine: whole(engine, prompts, params), plain)
         mine, other = medians(rows)
         ratio = statistics.median(other / mine for mine, other in rows)
@@ -193,7 +194,7 @@ def rollout(args: argparse.Namespace) -> None:
     lengths = torch.randint(args.prompt // 4, args.prompt + 1, (args.rollouts,), generator=random).tolist()
     prompts = [torch.randint(2, model.vocab_size, (length,), generator=random).tolist() for length in lengths]
     for name, own in variants(model, args.formats):
-        engine = engine_of(own, is_compiled=args.compile)
+        engine = engine_of(own, is_compiled=args.compile, cache_type=args.cache_type)
         rows = turns(
             max(3, args.repeats // 2),
             lambda engine=engine: whole(engine, prompts, params),
@@ -232,7 +233,7 @@ def smollm2(args: argparse.Namespace) -> None:
     read = read_model(read_gguf(Path(args.gguf)))
     model: Any = read.model
     quantize(model, "int4", blocks=read.blocks)
-    engine = engine_of(model, is_compiled=args.compile)
+    engine = engine_of(model, is_compiled=args.compile, cache_type=args.cache_type)
     params = SamplingParams(max_tokens=args.tokens, temperature=0.0)
     with llama_cpp(args) as ask:
         for batch in args.batch:
@@ -285,6 +286,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens to make for each prompt")
     parser.add_argument("--rollouts", type=int, default=64, help="prompts of the case rollout")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--cache-type", choices=get_args(CacheType), default="model", help="float16 halves what many answers read"
+    )
     parser.add_argument("--no-compile", action="store_false", dest="compile", help="run the engine's steps uncompiled")
     parser.add_argument("--gguf", help="of the case smollm2")
     parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python")
@@ -307,6 +311,7 @@ def main() -> None:
         threads=args.threads,
         clock=args.clock,
         compile=args.compile,
+        cache_type=args.cache_type,
     )
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)

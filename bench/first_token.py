@@ -22,10 +22,8 @@ from pathlib import Path
 
 import torch
 import uvicorn
-from latency_under_training import build
+from latency_under_training import write_checkpoint
 
-from fledge.config import to_json
-from fledge.formats.checkpoint import CheckpointInfo, save_model
 from fledge.serve.app import make_app, make_state
 from fledge.serve.engine import ServedModel
 from fledge.serve.hub import ModelEntry
@@ -34,8 +32,6 @@ from fledge.serve.state import ServerConfig
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database, sqlite_url
 from fledge.store.keys import KeyRequest, create_key
-from fledge.text.chat import ChatRenderer
-from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
 from fledge.types import Request, SamplingParams
 
 PORT = 8790
@@ -90,13 +86,6 @@ async def serving(folder: Path, threads: int) -> AsyncIterator[tuple[ServedModel
     listener.should_exit = True
     await running
     await database.close()
-
-
-def write_checkpoint(directory: Path) -> None:
-    tokenizer = train_tokenizer(["the rain in the garden"] * 20, TokenizerConfig(vocab_size=300))
-    model = build()
-    hashes = {"tokenizer_hash": tokenizer.hash, "template_hash": ChatRenderer(tokenizer).hash}
-    save_model(directory, model, tokenizer, CheckpointInfo("gpt", to_json(model.config), "pretrain", **hashes))
 
 
 def prompt(seed: int, length: int) -> list[int]:

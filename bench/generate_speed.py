@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from fledge.formats.huggingface import save_huggingface
-from fledge.infer.engine import Engine, EngineConfig
+from fledge.infer.engine import CacheType, Engine, EngineConfig
 from fledge.models.gpt import GPT, GPTConfig
 from fledge.models.llama import Llama, LlamaConfig
 from fledge.text.tokenizer import Tokenizer
@@ -66,9 +66,9 @@ class Ids:
         return b"x"
 
 
-def engine_of(model: Any, *, is_compiled: bool) -> Engine:
+def engine_of(model: Any, *, is_compiled: bool, cache_type: CacheType = "model") -> Engine:
     tokenizer = cast(Tokenizer, Ids(model.vocab_size))
-    return Engine(model, tokenizer, EngineConfig(cache_bytes=1 << 29, compile=is_compiled))
+    return Engine(model, tokenizer, EngineConfig(cache_bytes=1 << 29, compile=is_compiled, cache_type=cache_type))
 
 
 def requests(prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:

@@ -11,12 +11,13 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import uvicorn
 
 from fledge.commands.serving import database_url, moderation_folder, server_folder
 from fledge.errors import UserError
+from fledge.infer.engine import CacheType
 from fledge.recipes.runs import resolve_model
 from fledge.safety.guard import GuardConfig
 from fledge.serve.app import make_app, make_state
@@ -50,6 +51,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, help="of each engine (default: as many as torch takes)")
     parser.add_argument("--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of keys and values, for each model")
     parser.add_argument(
+        "--cache-type",
+        choices=get_args(CacheType),
+        default="model",
+        help="float16 keeps keys and values at half precision: twice as many positions in the same memory, read in "
+        "half the time; answers differ a little (default: %(default)s, as the model computes them)",
+    )
+    parser.add_argument(
         "--draft",
         metavar="MODEL",
         help="a smaller model that guesses ahead for those of its tokenizer: faster where it is often right, and the "
@@ -80,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--cache-mb and --memory-mb are at least 1")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     draft = None if args.draft is None else resolve_model(args.draft, args.runs).resolve()
-    loader = ProcessLoader({"cache_bytes": args.cache_mb << 20}, args.device, args.threads, draft)
+    engine = {"cache_bytes": args.cache_mb << 20, "cache_type": args.cache_type}
+    loader = ProcessLoader(engine, args.device, args.threads, draft)
     _refuse_idle_draft(loader, entries)
     return asyncio.run(_serve(args, entries, loader))
 

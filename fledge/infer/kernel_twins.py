@@ -91,7 +91,7 @@ def paged_attention(
         first = max(0, length - window) if window else 0
         own = tables_NM[n, : -(-length // keys.shape[1])]
         k_HSK, v_HSV = (
-            x[own].flatten(0, 1)[first:length].repeat_interleave(num_shared, dim=1).transpose(0, 1)
+            x[own].flatten(0, 1)[first:length].to(q_NHK.dtype).repeat_interleave(num_shared, dim=1).transpose(0, 1)
             for x in (keys, values)
         )
         weights_H1S = (q_NHK[n, :, None] @ k_HSK.mT * scale).softmax(dim=-1)

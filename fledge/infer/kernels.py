@@ -120,9 +120,9 @@ def paged_attention(
 ) -> Tensor:
     """y_NHV: query n over positions 0 to lengths_N[n] - 1 of its own sequence; only the last `window` of them if given.
 
-    `keys` (blocks, P, G, K) and `values` (blocks, P, G, V) float32, contiguous; position p of query n stands in block
-    `tables_NM[n, p // P]`, int64; lengths at least 1, int64. G divides H. What stands after a row's length is never
-    looked at. A query's result does not depend on the others, bit for bit.
+    `keys` (blocks, P, G, K) and `values` (blocks, P, G, V) float32 or both float16, contiguous; position p of query n
+    stands in block `tables_NM[n, p // P]`, int64; lengths at least 1, int64. G divides H. What stands after a row's
+    length is never looked at. A query's result does not depend on the others, bit for bit.
     """
     assert window is None or window > 0, window
     y: Tensor = torch.ops.fledge.paged_attention.default(q_NHK, keys, values, tables_NM, lengths_N, scale, window or 0)

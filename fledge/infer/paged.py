@@ -26,16 +26,18 @@ from fledge.layers.attention import RowContext
 
 @dataclass(frozen=True)
 class SiteShape:
-    """What one position of one attention site takes: G keys and values of their widths and type."""
+    """What one position of one attention site takes: G keys and values of their widths, computed as `dtype` and kept
+    as `kept_dtype`."""
 
     num_groups: int
     key_width: int
     value_width: int
     dtype: torch.dtype
+    kept_dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        return self.num_groups * (self.key_width + self.value_width) * self.dtype.itemsize
+        return self.num_groups * (self.key_width + self.value_width) * self.kept_dtype.itemsize
 
 
 class Pages:
@@ -49,11 +51,11 @@ class Pages:
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         rows = (num_blocks + 1, block_size)
         self.keys = {
-            site: torch.empty(*rows, shape.num_groups, shape.key_width, dtype=shape.dtype, device=device)
+            site: torch.empty(*rows, shape.num_groups, shape.key_width, dtype=shape.kept_dtype, device=device)
             for site, shape in sites.items()
         }
         self.values = {
-            site: torch.empty(*rows, shape.num_groups, shape.value_width, dtype=shape.dtype, device=device)
+            site: torch.empty(*rows, shape.num_groups, shape.value_width, dtype=shape.kept_dtype, device=device)
             for site, shape in sites.items()
         }
         self.attend = _best_attention(sites, device)
@@ -111,6 +113,7 @@ class PagedContext:
         """See `layers.attention.Context`; B is 1. A `bias` is (1, H, T, S), each of them perhaps 1: entry (t, s) is for
         token t of the step and position s of its own sequence, and S is the longest sequence of the step."""
         layout, keys, values = self._layout, self._pages.keys[site], self._pages.values[site]
+        k_BTGK, v_BTGK = _as_kept(k_BTGK, keys.dtype), _as_kept(v_BTGK, values.dtype)
         keys.flatten(0, 1).index_copy_(0, layout.slots_T, k_BTGK[0])
         values.flatten(0, 1).index_copy_(0, layout.slots_T, v_BTGK[0])
         scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
@@ -125,8 +128,8 @@ class PagedContext:
         for chunk in layout.chunks:
             own = slice(chunk.first, chunk.first + chunk.count)
             own_bias = None if bias is None else _of_tokens(bias, own)[..., : chunk.start + chunk.count]
-            new = q_BTHK[:, own], k_BTGK[:, own], v_BTGK[:, own]
-            if chunk.start == 0:  # it sees nothing but itself
+            new = q_BTHK[:, own], k_BTGK[:, own].to(q_BTHK.dtype), v_BTGK[:, own].to(q_BTHK.dtype)
+            if chunk.start == 0:  # it sees nothing but itself, as it will stand in the pages
                 whole = RowContext(layout.positions_T[None, own])
                 parts.append(whole.attend(site, *new, window=window, bias=own_bias, scale=scale)[0])
             else:
@@ -161,8 +164,10 @@ class PagedContext:
         size, end = self._pages.block_size, chunk.start + chunk.count
         first = 0 if window is None else max(0, chunk.start + 1 - window) // size * size
         table_M = self._layout.tables_NM[chunk.row, first // size : -(-end // size)]
-        k_SGK = self._pages.keys[site][table_M].flatten(0, 1)[: end - first]
-        v_SGK = self._pages.values[site][table_M].flatten(0, 1)[: end - first]
+        k_SGK, v_SGK = (
+            pages[site][table_M].flatten(0, 1)[: end - first].to(q_1THK.dtype)
+            for pages in (self._pages.keys, self._pages.values)
+        )
         query_T1 = torch.arange(chunk.start, end, device=q_1THK.device)[:, None]
         key_S = torch.arange(first, end, device=q_1THK.device)
         allowed_TS = key_S <= query_T1
@@ -183,6 +188,14 @@ class PagedContext:
         return y_1HTK[0].transpose(0, 1)
 
 
+def _as_kept(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the pages keep of keys or values; what half precision cannot hold becomes the most it can, not infinity."""
+    if x.dtype == dtype:
+        return x
+    limits = torch.finfo(dtype)
+    return x.clamp(limits.min, limits.max).to(dtype)
+
+
 class AttendPages(Protocol):
     """`attend_pages`, however it is done."""
 
@@ -200,8 +213,10 @@ class AttendPages(Protocol):
 
 
 def _best_attention(sites: Mapping[int, SiteShape], device: torch.device) -> AttendPages:
-    is_plain_float = all(shape.dtype == torch.float32 for shape in sites.values())
-    if device.type == "cpu" and is_plain_float and kernels.load().is_compiled:
+    is_known = all(
+        shape.dtype == torch.float32 and shape.kept_dtype in (torch.float32, torch.float16) for shape in sites.values()
+    )
+    if device.type == "cpu" and is_known and kernels.load().is_compiled:
         return kernels.paged_attention
     return attend_pages
 
@@ -235,7 +250,7 @@ def _gather(
     # A block's unwritten rest may hold another sequence's NaN, and NaN x 0 is NaN.
     k_QSGK, v_QSGK = (x.masked_fill_(is_beyond_QS[..., None, None], 0.0) for x in (k_QSGK, v_QSGK))
     hidden_QS = is_beyond_QS if window is None else is_beyond_QS | (position_S < lengths_Q[:, None] - window)
-    mask_QS = torch.zeros_like(hidden_QS, dtype=keys.dtype).masked_fill_(hidden_QS, float("-inf"))
+    mask_QS = torch.zeros_like(hidden_QS, dtype=torch.float32).masked_fill_(hidden_QS, float("-inf"))
     return k_QSGK, v_QSGK, mask_QS[:, None, None]
 
 
@@ -246,8 +261,8 @@ def _attend_rows(q_QHK: Tensor, k_QSGK: Tensor, v_QSGK: Tensor, mask: Tensor, sc
     # The R heads that share a key head stand as R queries, so that keys are never repeated.
     y_QGRK = F.scaled_dot_product_attention(
         q_QHK.reshape(num_rows, num_groups, num_heads // num_groups, head_width),
-        k_QSGK.transpose(1, 2),
-        v_QSGK.transpose(1, 2),
+        k_QSGK.transpose(1, 2).to(q_QHK.dtype),
+        v_QSGK.transpose(1, 2).to(q_QHK.dtype),
         attn_mask=mask,
         scale=scale,
     )

@@ -10,6 +10,7 @@ Shapes: T new tokens, N spans, M blocks of a table, Q tokens that attend one by 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -41,17 +42,23 @@ class _Probe(RowContext):
 
     def attend(self, site: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, **options: Any) -> Tensor:
         assert site not in self.sites, f"site {site} attends twice in one pass"
-        self.sites[site] = SiteShape(k_BTGK.shape[2], k_BTGK.shape[3], v_BTGK.shape[3], k_BTGK.dtype)
+        dtype = k_BTGK.dtype
+        self.sites[site] = SiteShape(k_BTGK.shape[2], k_BTGK.shape[3], v_BTGK.shape[3], dtype, dtype)
         return super().attend(site, q_BTHK, k_BTGK, v_BTGK, **options)
 
 
-def probe_sites(model: CausalModel) -> dict[int, SiteShape]:
-    """The shape of every attention site, found by running one token."""
+def probe_sites(model: CausalModel, kept_dtype: torch.dtype | None = None) -> dict[int, SiteShape]:
+    """The shape of every attention site, found by running one token.
+
+    Keys and values are to be kept as `kept_dtype`; None keeps them as they are computed.
+    """
     with evaluating(model):
         tokens_11 = torch.zeros(1, 1, dtype=torch.int64, device=device_of(model))
         probe = _Probe(tokens_11)
         model.hidden(model.embed(tokens_11, probe), probe)
-    return probe.sites
+    if kept_dtype is None:
+        return probe.sites
+    return {site: replace(shape, kept_dtype=kept_dtype) for site, shape in probe.sites.items()}
 
 
 def count_blocks(sites: dict[int, SiteShape], block_size: int, num_bytes: int) -> int:

@@ -388,9 +388,34 @@ def test_what_cannot_be_an_engine_is_refused(llama: CausalModel) -> None:
         engine_of(llama, Bytes())
     with pytest.raises(ConfigError, match="max_step_tokens"):
         engine_of(llama, max_live=8, max_step_tokens=4)
+    with pytest.raises(ConfigError, match="cache_type is one of model, float16, got 'int8'"):
+        engine_of(llama, cache_type="int8")
     with pytest.raises(UserError, match="does not hold a block"):
         Engine(llama, Words(), EngineConfig(cache_bytes=1000))
     assert Engine(llama, Words(), EngineConfig(cache_bytes=100_000)).stats().num_blocks > 5
+
+
+def test_a_cache_of_half_precision_takes_half_the_memory_and_answers_depend_on_nothing_else(llama: CausalModel) -> None:
+    exact = engine_of(llama)
+    [expected] = exact.generate(asking([PREFIX], GREEDY))[0]
+    found = []
+    for options in (
+        {},
+        {"max_step_tokens": 1, "max_live": 1},
+        {"max_step_tokens": 7, "max_live": 3},
+        {"num_blocks": 11},
+    ):
+        engine = engine_of(llama, cache_type="float16", **options)
+        for _ in range(2):  # the second time from the cache
+            found.append([own for [own] in engine.generate(asking(PROMPTS, GREEDY))])
+    for told in found[1:]:
+        assert [own.ids for own in told] == [own.ids for own in found[0]]
+        for own, other in zip(told, found[0], strict=True):
+            assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    rounded = found[0][0].logprobs[0]
+    assert rounded != expected.logprobs[0]
+    assert rounded == pytest.approx(expected.logprobs[0], abs=1e-2)
+    assert engine_of(llama, cache_type="float16").stats().cache_bytes == exact.stats().cache_bytes // 2
 
 
 def test_generating_leaves_the_events_of_others_to_step(llama: CausalModel) -> None:

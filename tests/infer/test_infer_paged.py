@@ -19,8 +19,9 @@ HEADS, GROUPS, KEY_WIDTH, VALUE_WIDTH, SIZE = 4, 2, 8, 6, 4
 LENGTHS = (23, 1, 12, 16, 9)
 
 
-def new_pages(fill: float = math.nan) -> Pages:
-    pages = Pages({0: SiteShape(GROUPS, KEY_WIDTH, VALUE_WIDTH, torch.float32)}, 40, SIZE, torch.device("cpu"))
+def new_pages(fill: float = math.nan, kept: torch.dtype = torch.float32) -> Pages:
+    site = SiteShape(GROUPS, KEY_WIDTH, VALUE_WIDTH, torch.float32, kept)
+    pages = Pages({0: site}, 40, SIZE, torch.device("cpu"))
     for store in (*pages.keys.values(), *pages.values.values()):
         store.fill_(fill)
     return pages
@@ -70,10 +71,14 @@ def slope_bias(lengths: list[int], positions_T: Tensor) -> Tensor:
     return -slopes_H[None, :, None, None] * (positions_T[:, None] - torch.arange(max(lengths)))
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
 @pytest.mark.parametrize("how", ["kernel", "plain", "biased"])
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 100])
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 100])
-def test_attention_over_pages_equals_attention_over_the_row(size: int, window: int | None, how: str) -> None:
+def test_attention_over_pages_equals_attention_over_the_row(
+    size: int, window: int | None, how: str, kept: torch.dtype
+) -> None:
+    """Over the row as the pages keep it: what a sequence sees of itself does not depend on how it was cut."""
     lives = new_lives()
     rows = values_of(lives)
     with_bias = how == "biased"
@@ -81,8 +86,9 @@ def test_attention_over_pages_equals_attention_over_the_row(size: int, window: i
     for live, (q, k, v) in zip(lives, rows, strict=True):
         num = len(live.tokens)
         bias = slope_bias([num], torch.arange(num)) if with_bias else None
+        k, v = k.to(kept).float(), v.to(kept).float()
         whole.append(RowContext(torch.zeros(1, num)).attend(0, q, k, v, window=window, bias=bias, scale=0.3))
-    runner = Runner(None, new_pages())
+    runner = Runner(None, new_pages(kept=kept))
     if how == "plain":
         runner.pages.attend = attend_pages
     for spans in cut(lives, size):
@@ -98,6 +104,18 @@ def test_attention_over_pages_equals_attention_over_the_row(size: int, window: i
         for span, first in zip(ordered, firsts, strict=False):
             expected = whole[span.live.id][0, span.start : span.start + span.count]
             torch.testing.assert_close(y[0, first : first + span.count], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_half_precision_cannot_hold_becomes_the_most_it_can() -> None:
+    runner = Runner(None, new_pages(kept=torch.float16))
+    context, _, _ = context_of(runner, [Span(Live(0, [1, 2], 2, 1, blocks=[0]), 0, 2, 0, False)])
+    q, k, v = (
+        torch.zeros(1, 2, HEADS, KEY_WIDTH),
+        torch.ones(1, 2, GROUPS, KEY_WIDTH),
+        torch.ones(1, 2, GROUPS, VALUE_WIDTH),
+    )
+    y = context.attend(0, q, k * 1e6, v * -1e6)
+    assert torch.equal(y, torch.full_like(y, torch.finfo(torch.float16).min))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -17,16 +17,18 @@ namespace {
 
 constexpr int64_t PART = 256;        // positions a part, cut at multiples of it
 constexpr int SHARED = 4;            // query heads of one key head worked on together
+constexpr int64_t CACHE_LINE = 64;   // bytes
 constexpr int64_t TASK_WORK = 16384;  // multiply-adds that are worth waking a thread for
 
 struct Part {
   int64_t query, begin, end;  // positions begin to end - 1
 };
 
-F32 load_some(const float* from, int64_t count) {
+template <class Number>
+F32 load_some(const Number* from, int64_t count) {
   if (count >= FLOATS) return load(from);
-  float lane[FLOATS] = {};
-  std::memcpy(lane, from, 4 * count);
+  Number lane[FLOATS] = {};
+  std::memcpy(lane, from, sizeof(Number) * count);
   return load(lane);
 }
 
@@ -42,7 +44,8 @@ struct Rows {
   int64_t at[PART];
 };
 
-void find_rows(const Pages& pages, const int64_t* table, int64_t group, const Part& part, Rows& rows) {
+template <class Number>
+void find_rows(const Pages<Number>& pages, const int64_t* table, int64_t group, const Part& part, Rows& rows) {
   int64_t offset = part.begin % pages.block_size, block = part.begin / pages.block_size;
   for (int64_t i = 0; i < part.end - part.begin; ++i) {
     rows.at[i] = (table[block] * pages.block_size + offset) * pages.num_groups + group;
@@ -51,18 +54,20 @@ void find_rows(const Pages& pages, const int64_t* table, int64_t group, const Pa
 }
 
 // A head's keys lie far apart, where no hardware looks ahead: the row `ahead` of `i` is asked for in time.
-INLINE inline void prefetch(const float* base, const Rows& rows, int64_t i, int64_t ahead, int64_t count, int64_t width) {
+template <class Number>
+INLINE inline void prefetch(const Number* base, const Rows& rows, int64_t i, int64_t ahead, int64_t count, int64_t width) {
   if (i + ahead >= count) return;
-  const float* row = base + rows.at[i + ahead] * width;
-  for (int64_t k = 0; k < width; k += FLOATS) __builtin_prefetch(row + k);
+  const Number* row = base + rows.at[i + ahead] * width;
+  for (int64_t k = 0; k < width; k += CACHE_LINE / sizeof(Number)) __builtin_prefetch(row + k);
 }
 
 // scores[r][i] = scale * q_r . k of position begin + i.
-void score(const float* q, int64_t num_shared, const Pages& pages, const Rows& rows, int64_t count, float scale,
+template <class Number>
+void score(const float* q, int64_t num_shared, const Pages<Number>& pages, const Rows& rows, int64_t count, float scale,
            float (*scores)[PART]) {
   const int64_t width = pages.key_width;
   for (int64_t first = 0; first < count; first += FLOATS) {
-    const float* keys[FLOATS];
+    const Number* keys[FLOATS];
     for (int64_t i = 0; i < FLOATS; ++i) prefetch(pages.keys, rows, first + i, FLOATS, count, width);
     for (int64_t i = 0; i < FLOATS; ++i) keys[i] = pages.keys + rows.at[std::min(first + i, count - 1)] * width;
     for (int64_t r = 0; r < num_shared; ++r) {
@@ -91,8 +96,8 @@ std::pair<float, float> soften(float* scores, int64_t count) {
 }
 
 // out[r] = sum of the values of the part, weighted by weights[r].
-template <int ROWS>
-void mix(const float (*weights)[PART], const Pages& pages, const Rows& rows, int64_t count, float* out) {
+template <int ROWS, class Number>
+void mix(const float (*weights)[PART], const Pages<Number>& pages, const Rows& rows, int64_t count, float* out) {
   constexpr int STRIPE = 4;  // vectors of one value at once
   const int64_t width = pages.value_width;
   int64_t column = 0;
@@ -100,7 +105,7 @@ void mix(const float (*weights)[PART], const Pages& pages, const Rows& rows, int
     F32 acc[ROWS][STRIPE];
     unrolled<ROWS>([&](auto r) INLINE { unrolled<STRIPE>([&](auto s) INLINE { acc[r][s] = F32{}; }); });
     for (int64_t i = 0; i < count; ++i) {
-      const float* value = pages.values + rows.at[i] * width + column;
+      const Number* value = pages.values + rows.at[i] * width + column;
       if (column == 0) prefetch(pages.values, rows, i, FLOATS, count, width);
       unrolled<STRIPE>([&](auto s) INLINE {
         const F32 some = load(value + s * FLOATS);
@@ -121,7 +126,8 @@ void mix(const float (*weights)[PART], const Pages& pages, const Rows& rows, int
 }
 
 // What one part gives for one key head and all the query heads that share it; `tops` and `totals` likewise a head.
-void attend_part(const float* q, int64_t num_shared, const Pages& pages, const int64_t* table, int64_t group,
+template <class Number>
+void attend_part(const float* q, int64_t num_shared, const Pages<Number>& pages, const int64_t* table, int64_t group,
                  const Part& part, float scale, float* out, float* tops, float* totals) {
   alignas(64) float scores[SHARED][PART];
   Rows rows;
@@ -153,7 +159,9 @@ void join(int64_t num_parts, int64_t stride, int64_t width, const float* outs, c
 
 }  // namespace
 
-void paged_attention(const float* q, const Queries& queries, const Pages& pages, float scale, int64_t window, float* y) {
+template <class Number>
+void paged_attention(const float* q, const Queries& queries, const Pages<Number>& pages, float scale, int64_t window,
+                     float* y) {
   std::vector<Part> parts;
   std::vector<int64_t> first_part(queries.count + 1, 0);
   int64_t num_positions = 0;
@@ -186,5 +194,8 @@ void paged_attention(const float* q, const Queries& queries, const Pages& pages,
            y + (n * num_heads + h) * width);
     }
 }
+
+template void paged_attention(const float*, const Queries&, const Pages<float>&, float, int64_t, float*);
+template void paged_attention(const float*, const Queries&, const Pages<Half>&, float, int64_t, float*);
 
 }  // namespace fledge

@@ -25,10 +25,16 @@ void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_
 void linear_int4(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
                  const float* bias, float* y, int64_t num_channels);
 
-// The memory of the cache at one attention site: (blocks, block_size, num_groups, width), keys and values.
+// A number of half precision (IEEE 754 binary16), as it stands in memory.
+struct Half {
+  uint16_t bits;
+};
+
+// The memory of the cache at one attention site: (blocks, block_size, num_groups, width), keys and values, float or Half.
+template <class Number>
 struct Pages {
-  const float* keys;
-  const float* values;
+  const Number* keys;
+  const Number* values;
   int64_t block_size, num_groups, key_width, value_width;
 };
 
@@ -40,6 +46,8 @@ struct Queries {
 };
 
 // y (count, num_heads, value_width) from q (count, num_heads, key_width). `window` 0 shows everything.
-void paged_attention(const float* q, const Queries& queries, const Pages& pages, float scale, int64_t window, float* y);
+template <class Number>
+void paged_attention(const float* q, const Queries& queries, const Pages<Number>& pages, float scale, int64_t window,
+                     float* y);
 
 }  // namespace fledge

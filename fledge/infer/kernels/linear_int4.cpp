@@ -35,25 +35,6 @@ struct Problem {
   int64_t num_groups, num_channels;
 };
 
-F32 halves(const uint8_t* from) {
-#if defined(__AVX512F__)
-  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#else
-  float lane[FLOATS];
-  for (int i = 0; i < FLOATS; ++i) {
-    uint16_t half;
-    std::memcpy(&half, from + 2 * i, 2);
-    // Exponent and fraction move up; 2^112 sets the exponent's offset right, subnormal numbers included.
-    const uint32_t bits = uint32_t(half & 0x7fff) << 13;
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude *= 0x1p112f;
-    lane[i] = half & 0x8000 ? -magnitude : magnitude;
-  }
-  return load(lane);
-#endif
-}
-
 // The sums of one group, row by row, as floats.
 template <int ROWS>
 INLINE inline void group_sums(const uint8_t* group, const int8_t* x, int64_t stride, F32 (&out)[ROWS]) {
@@ -86,8 +67,8 @@ void tile(const uint8_t* w, const Problem& problem, int64_t row, int64_t first) 
     const uint8_t* group = w + g * GROUP_BYTES;
     const float* scales = problem.scales + row * num_groups + g;
     const int32_t* totals = problem.totals + row * num_groups + g;
-    const F32 scale = halves(group + QUADS * QUAD_BYTES);
-    const F32 minimum = halves(group + QUADS * QUAD_BYTES + 2 * CHANNELS);
+    const Half* numbers = reinterpret_cast<const Half*>(group + QUADS * QUAD_BYTES);
+    const F32 scale = load(numbers), minimum = load(numbers + CHANNELS);
     F32 exact[ROWS];
     group_sums<ROWS>(group, x + g * GROUP, stride, exact);
     unrolled<ROWS>([&](auto r) INLINE {

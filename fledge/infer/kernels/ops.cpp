@@ -71,11 +71,20 @@ void check_tables(const Tensor& tables, const Tensor& lengths, int64_t num_block
   }
 }
 
+template <class Number, class Stored>
+fledge::Pages<Number> pages_of(const Tensor& keys, const Tensor& values) {
+  const auto* from = reinterpret_cast<const Number*>(keys.const_data_ptr<Stored>());
+  const auto* value_from = reinterpret_cast<const Number*>(values.const_data_ptr<Stored>());
+  return {from, value_from, keys.size(1), keys.size(2), keys.size(3), values.size(3)};
+}
+
 Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& tables,
                        const Tensor& lengths, double scale, int64_t window) {
   const Tensor queries = q.contiguous(), blocks = tables.contiguous(), seen = lengths.contiguous();
-  for (const Tensor& x : {queries, keys, values})
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "fledge::paged_attention: float32, contiguous");
+  const bool is_half = keys.scalar_type() == at::kHalf;
+  TORCH_CHECK(queries.scalar_type() == at::kFloat && (is_half || keys.scalar_type() == at::kFloat) &&
+                  values.scalar_type() == keys.scalar_type() && keys.is_contiguous() && values.is_contiguous(),
+              "fledge::paged_attention: float32 queries over float32 or float16 pages, contiguous");
   TORCH_CHECK(queries.dim() == 3 && keys.dim() == 4 && values.dim() == 4 && blocks.dim() == 2 && seen.dim() == 1 &&
                   keys.size(3) == queries.size(2) && queries.size(1) % keys.size(2) == 0 &&
                   values.sizes().slice(0, 3) == keys.sizes().slice(0, 3) && blocks.size(0) == queries.size(0) &&
@@ -83,12 +92,16 @@ Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values
               "fledge::paged_attention: shapes differ");
   check_tables(blocks, seen, keys.size(0), keys.size(1));
   Tensor y = with_last(queries, values.size(3));
-  const fledge::Pages pages{keys.const_data_ptr<float>(), values.const_data_ptr<float>(), keys.size(1), keys.size(2),
-                            keys.size(3), values.size(3)};
   const fledge::Queries rows{blocks.const_data_ptr<int64_t>(), seen.const_data_ptr<int64_t>(), queries.size(0),
                              blocks.size(1), queries.size(1)};
-  fledge::paged_attention(queries.const_data_ptr<float>(), rows, pages, float(scale), window,
-                          y.mutable_data_ptr<float>());
+  const auto attend = [&](const auto& pages) {
+    fledge::paged_attention(queries.const_data_ptr<float>(), rows, pages, float(scale), window,
+                            y.mutable_data_ptr<float>());
+  };
+  if (is_half)
+    attend(pages_of<fledge::Half, at::Half>(keys, values));
+  else
+    attend(pages_of<float, float>(keys, values));
   return y;
 }
 

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -53,6 +55,28 @@ typedef int32_t I32x16 __attribute__((vector_size(4 * FLOATS)));
 inline F32 load(const float* from) { return *reinterpret_cast<const F32Loose*>(from); }
 inline void store(float* to, F32 x) { *reinterpret_cast<F32Loose*>(to) = x; }
 inline F32 fill(float x) { return x - F32{}; }
+
+inline F32 load(const Half* from) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+  float lane[FLOATS];
+  for (int i = 0; i < FLOATS; i += 8)
+    _mm256_storeu_ps(lane + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+  return load(lane);
+#else
+  float lane[FLOATS];
+  for (int i = 0; i < FLOATS; ++i) {
+    // Exponent and fraction move up; 2^112 sets the exponent's offset right, subnormal numbers included.
+    const uint32_t bits = uint32_t(from[i].bits & 0x7fff) << 13;
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude *= 0x1p112f;
+    lane[i] = from[i].bits & 0x8000 ? -magnitude : magnitude;
+  }
+  return load(lane);
+#endif
+}
 
 inline F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
