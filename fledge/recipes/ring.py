@@ -53,6 +53,22 @@ class Listener(Protocol):
         """One unit of `num_steps` is done."""
 
 
+@dataclass(frozen=True)
+class Heeding:
+    """Tells the listener, and then stops work that should have stopped before (interrupts.py)."""
+
+    listener: Listener
+    interrupts: Interrupts
+
+    def stage(self, name: str, status: str, note: str) -> None:
+        self.listener.stage(name, status, note)
+        self.interrupts.heed()
+
+    def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
+        self.listener.step(stage, step, num_steps, metrics)
+        self.interrupts.heed()
+
+
 @dataclass
 class StageContext(Generic[PlanT]):
     """What a stage is given, and where it leaves what it has to say."""
@@ -117,6 +133,7 @@ class RingRun(Generic[PlanT]):
 
 def run_stages(run: RingRun[PlanT], stages: Sequence[Stage[PlanT]]) -> None:
     """Bring every stage to its manifest, in order. Raises what a stage raises; finished stages stay finished."""
+    run = replace(run, listener=Heeding(run.listener, run.interrupts))
     digests: dict[str, str] = {}
     for stage in stages:
         inputs = {need: digests[need] for need in stage.needs}

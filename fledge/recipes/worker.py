@@ -127,8 +127,6 @@ class Running:
 
     def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
         if stage != METHODS[self._kind]:
-            if self._interrupts.wanted:
-                raise Interrupted("stopped")  # these stages go on behind the last line they wrote
             return
         data = step_data(self._kind, step, num_steps, metrics)
         self._leave_checkpoints(step, data)
