@@ -97,14 +97,16 @@ class HostedEngine:
     def embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return self._engine.embed(rows)
 
-    def update_weights(self, path: str, version: str) -> None:
-        """Take the tensors of a safetensors file. A damaged file or a value that is not finite changes nothing."""
+    def update_weights(self, path: str, version: str) -> list[str]:
+        """Take the tensors of a safetensors file; their names. A damaged file or a value that is not finite changes
+        nothing."""
         try:
             weights = load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a safetensors file that can be read ({error})") from error
         _require_finite(weights, path)
         self._engine.update_weights(weights, version)
+        return list(weights)
 
     def load_adapter(self, name: str, path: str) -> None:
         """Take a PEFT adapter from its directory."""

@@ -28,9 +28,18 @@ _CHUNK_BYTES = 1 << 20
 # To the engine. `call` is the client's number for the question; the answer bears it too.
 
 
+class Weights(Struct, frozen=True):
+    """A file of weights that the engine before took; `mark` tells whether it is still what it was (worker.py)."""
+
+    path: str
+    version: str
+    mark: str
+
+
 class Start(Struct, tag=True, frozen=True):
     """The first message, and only the first. `config` is an `EngineConfig` as JSON values, `draft` the checkpoint of
-    the model that guesses ahead."""
+    the model that guesses ahead. `weights`, in this order, and `adapters`, paths by name, are what the engine before
+    had been given."""
 
     checkpoint: str
     config: dict[str, Any] = {}
@@ -38,6 +47,8 @@ class Start(Struct, tag=True, frozen=True):
     num_threads: int | None = None
     call: int = 0
     draft: str | None = None
+    weights: list[Weights] = []
+    adapters: dict[str, str] = {}
 
 
 class Submit(Struct, tag=True, frozen=True):
@@ -91,11 +102,13 @@ ToEngine = Start | Submit | Cancel | Score | Embed | UpdateWeights | LoadAdapter
 
 
 class Ready(Struct, tag=True, frozen=True):
-    """The model is loaded. `max_positions` None: no limit but the cache."""
+    """The model is loaded. `max_positions` None: no limit but the cache. `lost` are the adapters that could not be
+    loaded again, by name, and why."""
 
     call: int
     vocab_size: int
     max_positions: int | None
+    lost: dict[str, str] = {}
 
 
 class Events(Struct, tag=True, frozen=True):
@@ -106,6 +119,14 @@ class Events(Struct, tag=True, frozen=True):
 
 class Done(Struct, tag=True, frozen=True):
     call: int
+
+
+class Updated(Struct, tag=True, frozen=True):
+    """The tensors `names` were taken from a file; see `Weights.mark`."""
+
+    call: int
+    names: list[str]
+    mark: str
 
 
 class Scores(Struct, tag=True, frozen=True):
@@ -141,7 +162,7 @@ class Failed(Struct, tag=True, frozen=True):
     is_fatal: bool = False
 
 
-ToClient = Ready | Events | Done | Scores | Vectors | Figures | Refused | Failed
+ToClient = Ready | Events | Done | Updated | Scores | Vectors | Figures | Refused | Failed
 
 MessageT = TypeVar("MessageT")
 

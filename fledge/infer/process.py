@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 
 from fledge.errors import EngineDied, EngineError, UserError
 from fledge.infer import messages
+from fledge.infer.given import Given
 from fledge.infer.messages import Link, Malformed, ToClient
 from fledge.infer.streams import AsyncTokenStream, Item, Listener, TokenStream
 from fledge.types import Request, TokenEvent
@@ -61,10 +61,10 @@ class _Stream:
 
 @dataclass(eq=False)
 class _Call:
-    """A question; `then` runs before the answer is given out."""
+    """A question; `then` is handed the answer before it is given out."""
 
     future: Future[Any]
-    then: Callable[[], None] = lambda: None
+    then: Callable[[Any], None] = lambda answer: None
 
 
 @dataclass(eq=False)
@@ -80,8 +80,10 @@ class _Child:
     calls: dict[int, _Call] = field(default_factory=dict)
     last_words: str | None = None
 
-    def mark_ready(self) -> None:
+    def mark_ready(self, answer: messages.Ready) -> None:
         self.ready_at = time.monotonic()
+        for name, why in answer.lost.items():
+            log.error("the restarted engine lacks the adapter '%s': %s", name, why)
 
     def cause(self, status: int) -> str:
         """What ended the process: its last words, or the signal or exit status."""
@@ -101,7 +103,7 @@ class _Child:
                 self._fail(call, EngineError(text))
             case _:
                 if (asked := self.calls.pop(message.call, None)) is not None:
-                    asked.then()
+                    asked.then(message)
                     asked.future.set_result(message)
 
     def _pass_on(self, event: TokenEvent) -> None:
@@ -154,8 +156,7 @@ class EngineProcess:
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
         self._is_closed = False
-        self._weights: tuple[str, str] | None = None  # path and version that a new process is given
-        self._adapters: dict[str, str] = {}
+        self._given = Given()  # what a new process is given again
         self._child: _Child | None = self._raise()
         try:
             self._description = self._child.ready.result()
@@ -218,25 +219,29 @@ class EngineProcess:
     def update_weights(self, path: Path | str, version: str) -> None:
         """Take the tensors of a safetensors file between two steps; see `Engine.update_weights`.
 
-        The file must stay until the next update: a process that is started again reads the last one, and it alone.
+        A process that is started again reads it again, so the file must stay, unchanged, until later ones have held
+        all its tensors. If it has not, the process cannot be started again, and whoever asks is told so.
         """
+        place = str(Path(path).absolute())
 
-        def remember() -> None:
-            self._weights = str(path), version
+        def remember(answer: messages.Updated) -> None:
+            self._given.take(messages.Weights(place, version, answer.mark), answer.names)
 
-        self._ask(lambda call: messages.UpdateWeights(call, str(path), version), remember).result()
+        self._ask(lambda call: messages.UpdateWeights(call, place, version), remember).result()
 
     def load_adapter(self, name: str, path: Path | str) -> None:
-        """Load a LoRA adapter under a name for `Request.adapter`. It must stay where it is, as above."""
+        """Load a LoRA adapter under a name for `Request.adapter`. It must stay where it is: a process that is started
+        again and does not find it refuses the requests that name it."""
+        place = str(Path(path).absolute())
 
-        def remember() -> None:
-            self._adapters[name] = str(path)
+        def remember(_: messages.Done) -> None:
+            self._given.adapters[name] = place
 
-        self._ask(lambda call: messages.LoadAdapter(call, name, str(path)), remember).result()
+        self._ask(lambda call: messages.LoadAdapter(call, name, place), remember).result()
 
     def unload_adapter(self, name: str) -> None:
-        def forget() -> None:
-            self._adapters.pop(name, None)
+        def forget(_: messages.Done) -> None:
+            self._given.adapters.pop(name, None)
 
         self._ask(lambda call: messages.UnloadAdapter(call, name), forget).result()
 
@@ -280,7 +285,7 @@ class EngineProcess:
             if child is not None and child.streams.pop(call, None) is not None:
                 child.link.send(messages.Cancel(next(self._numbers), call))
 
-    def _ask(self, message: Callable[[int], Struct], then: Callable[[], None] = lambda: None) -> Future[Any]:
+    def _ask(self, message: Callable[[int], Struct], then: Callable[[Any], None] = lambda answer: None) -> Future[Any]:
         with self._lock:
             return _put(self._living(), next(self._numbers), message, then)
 
@@ -304,15 +309,10 @@ class EngineProcess:
                 arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
             )
         child = _Child(process, Link(ours, ToClient), start_call=next(self._numbers))
-        start = partial(structs.replace, self._start)
-        child.ready = _put(child, child.start_call, lambda call: start(call=call), child.mark_ready)
-        for name, path in self._adapters.items():
-            again = _put(child, next(self._numbers), partial(messages.LoadAdapter, name=name, path=path))
-            again.add_done_callback(_log_failure)
-        if self._weights is not None:
-            path, version = self._weights
-            again = _put(child, next(self._numbers), partial(messages.UpdateWeights, path=path, version=version))
-            again.add_done_callback(_log_failure)
+        start = structs.replace(
+            self._start, call=child.start_call, weights=self._given.weights, adapters=self._given.adapters
+        )
+        child.ready = _put(child, child.start_call, lambda _: start, child.mark_ready)
         threading.Thread(target=self._listen, args=(child,), name="engine listener", daemon=True).start()
         return child
 
@@ -363,7 +363,7 @@ def _find(child: _Child, request_id: str) -> int | None:
 
 
 def _put(
-    child: _Child, call: int, message: Callable[[int], Struct], then: Callable[[], None] = lambda: None
+    child: _Child, call: int, message: Callable[[int], Struct], then: Callable[[Any], None] = lambda answer: None
 ) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()  # nobody can take it back any more
@@ -381,11 +381,6 @@ def _send(child: _Child, message: Struct) -> None:
         child.link.send(message)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"this cannot be sent to the engine: {error}") from error
-
-
-def _log_failure(future: Future[Any]) -> None:
-    if (error := future.exception()) is not None:
-        log.error("the restarted engine does not have what the last one had: %s", error)
 
 
 def _await_end(process: subprocess.Popen[bytes]) -> int:

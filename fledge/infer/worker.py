@@ -60,7 +60,9 @@ class Hosted(Protocol):
     def step(self) -> list[TokenEvent]: ...
     def score(self, rows: Sequence[Sequence[int]]) -> list[list[float]]: ...
     def embed(self, rows: Sequence[Sequence[int]]) -> ArrayLike: ...
-    def update_weights(self, path: str, version: str) -> None: ...
+    def update_weights(self, path: str, version: str) -> Sequence[str]:
+        """The names of the tensors that were taken."""
+
     def load_adapter(self, name: str, path: str) -> None: ...
     def unload_adapter(self, name: str) -> None: ...
     def stats(self) -> Any:
@@ -246,12 +248,14 @@ def _serve(link: Link[ToEngine], inbox: Inbox, load: Load) -> None:
         link.send(messages.Refused(start.call, "the engine has not been started"))
         start = inbox.get()
     try:
+        _require_unchanged(start.weights)
         engine = load(start)
+        lost = _restore(engine, start)
     except UserError as error:
         link.send(messages.Refused(start.call, str(error)))
         return
     desk = _Desk(engine, inbox)
-    link.send(messages.Ready(start.call, engine.vocab_size, engine.max_positions))
+    link.send(messages.Ready(start.call, engine.vocab_size, engine.max_positions, lost))
     while True:
         while not inbox.empty() or not (engine.has_work or desk.readings):
             _tell(link, desk.answer(inbox.get()))
@@ -259,6 +263,41 @@ def _serve(link: Link[ToEngine], inbox: Inbox, load: Load) -> None:
             _tell(link, desk.read())
         if engine.has_work and (events := engine.step()):
             link.send(messages.Events(events))
+
+
+def _restore(engine: Hosted, start: messages.Start) -> dict[str, str]:
+    """Give the engine what the one before had been given; the adapters that are not to be had, and why.
+
+    Only the requests that name such an adapter miss it, and they are told. Without its weights, however, the engine
+    would answer as another model: then `UserError`.
+    """
+    for weights in start.weights:
+        engine.update_weights(weights.path, weights.version)
+    lost: dict[str, str] = {}
+    for name, path in start.adapters.items():
+        try:
+            engine.load_adapter(name, path)
+        except UserError as error:
+            lost[name] = str(error)
+    return lost
+
+
+def _require_unchanged(weights: Sequence[messages.Weights]) -> None:
+    for file in weights:
+        if _mark(file.path) != file.mark:
+            raise UserError(
+                f"{file.path}: changed or removed since its weights were taken (version '{file.version}'), so that "
+                "they cannot be taken again; start the engine anew with a checkpoint that holds them"
+            )
+
+
+def _mark(path: str) -> str:
+    """What differs if a file was written anew; of none that is there, nothing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
 def _tell(link: Link[ToEngine], answer: Struct | None) -> None:
@@ -271,7 +310,8 @@ def _do(engine: Hosted, message: ToEngine) -> Struct | None:
     call = message.call
     match message:
         case messages.UpdateWeights(path=path, version=version):
-            engine.update_weights(path, version)
+            mark = _mark(path)  # before it is read: what is written over it meanwhile must show
+            return messages.Updated(call, list(engine.update_weights(path, version)), mark)
         case messages.LoadAdapter(name=name, path=path):
             engine.load_adapter(name, path)
         case messages.UnloadAdapter(name=name):

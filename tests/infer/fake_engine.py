@@ -1,6 +1,7 @@
 """A hosted engine without a model, run as a process: `python fake_engine.py DESCRIPTOR PARENT`.
 
 Token n of the answer to a prompt is the prompt's first id plus n, until `max_tokens`. Certain first ids make trouble.
+A file of weights holds names of tensors, whose values are then the version.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class FakeStats:
     num_steps: int
     weights_version: str
     adapters: str
+    tensors: str
 
 
 class FakeEngine:
@@ -41,6 +43,7 @@ class FakeEngine:
         self._num_steps = 0
         self._read_after: set[int] = set()  # the numbers of steps
         self._version = ""
+        self._tensors: dict[str, str] = {}
         self._adapters: dict[str, str] = {}
 
     @property
@@ -105,12 +108,17 @@ class FakeEngine:
         self._read_after.add(self._num_steps)
         return [[float(len(row)), float(row[0]), 0.5] for row in rows]
 
-    def update_weights(self, path: str, version: str) -> None:
+    def update_weights(self, path: str, version: str) -> list[str]:
         if not Path(path).is_file():
             raise UserError(f"{path}: missing")
+        names = Path(path).read_text().split()
+        self._tensors |= dict.fromkeys(names, version)
         self._version = version
+        return names
 
     def load_adapter(self, name: str, path: str) -> None:
+        if not Path(path).exists():
+            raise UserError(f"{path}: missing")
         self._adapters[name] = path
 
     def unload_adapter(self, name: str) -> None:
@@ -118,9 +126,9 @@ class FakeEngine:
             raise UserError(f"no adapter '{name}' is loaded")
 
     def stats(self) -> FakeStats:
-        return FakeStats(
-            len(self._live), len(self._read_after), self._num_steps, self._version, " ".join(sorted(self._adapters))
-        )
+        adapters = " ".join(sorted(self._adapters))
+        tensors = " ".join(f"{name}={version}" for name, version in sorted(self._tensors.items()))
+        return FakeStats(len(self._live), len(self._read_after), self._num_steps, self._version, adapters, tensors)
 
 
 def load(start: Start) -> FakeEngine:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +159,37 @@ def test_adapters_are_read_from_their_directories_and_leave_with_their_names(
     assert said("two") == answers["two"]
     with pytest.raises(CheckpointError, match="nowhere"):
         hosted.load_adapter("three", str(tmp_path / "nowhere"))
+
+
+def test_a_process_that_was_killed_comes_again_with_all_its_weights_and_adapters(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Weights in two files of which neither is whole, and an adapter over them."""
+    state = load_model(checkpoint).model.state_dict()
+    names = sorted(state)
+    for number, own in enumerate((names[::2], names[1::2]), start=1):
+        save_file({name: (1 + number / 4) * state[name] for name in own}, tmp_path / f"{number}.safetensors")
+    write_adapter(checkpoint, tmp_path / "adapter", 0)
+    request = Request("r", (5, 6, 7), SamplingParams(max_tokens=12, temperature=0.0))
+
+    def said(process: EngineProcess) -> list[Any]:
+        asked = [replace(request, adapter=name) for name in (None, "polite")]
+        return [process.score([[5, 6, 7]]), *([event.id for event in process.submit(one)] for one in asked)]
+
+    with EngineProcess(checkpoint, SETTINGS, num_threads=1) as process:
+        untouched = process.score([[5, 6, 7]])
+        for number in (1, 2):
+            process.update_weights(tmp_path / f"{number}.safetensors", str(number))
+        process.load_adapter("polite", tmp_path / "adapter")
+        before, pid = said(process), process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        while process.pid == pid:
+            time.sleep(0.01)
+        assert said(process) == before
+        assert before[0] != untouched
+        assert before[1] != before[2]
+        assert process.stats()["weights_version"] == "2"
 
 
 @pytest.fixture(scope="module")

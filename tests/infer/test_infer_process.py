@@ -233,6 +233,63 @@ def test_kill_9_under_load_is_seen_within_a_second_by_everybody_and_the_next_is_
     assert "killed by signal 9" in caplog.text
 
 
+def kill_and_await_the_next(engine: EngineProcess) -> None:
+    first_pid = engine.pid
+    assert first_pid is not None
+    os.kill(first_pid, signal.SIGKILL)
+    wait_until(lambda: engine.pid != first_pid)
+
+
+def test_the_next_process_has_all_that_the_last_was_given(engine: EngineProcess, tmp_path: Path) -> None:
+    for version, names in enumerate(("a b c", "b", "c d", "d"), start=1):
+        (tmp_path / str(version)).write_text(names)
+        engine.update_weights(tmp_path / str(version), str(version))
+    for name in ("polite", "rude", "gone"):
+        engine.load_adapter(name, tmp_path)
+    engine.unload_adapter("gone")
+    before = engine.stats()
+    (tmp_path / "3").unlink()  # the next file held c again, but
+    (tmp_path / "5").write_text("c")
+    engine.update_weights(tmp_path / "5", "5")  # now nothing of the third is needed any more
+    for _ in range(2):
+        kill_and_await_the_next(engine)
+        stats = engine.stats()
+        assert (stats["tensors"], stats["weights_version"]) == ("a=1 b=2 c=5 d=4", "5")
+        assert stats["adapters"] == before["adapters"] == "polite rude"
+
+
+@pytest.mark.parametrize("harm", ["removed", "written over", "replaced"])
+def test_without_the_weights_it_had_the_engine_does_not_come_again(
+    engine: EngineProcess, tmp_path: Path, harm: str
+) -> None:
+    (tmp_path / "old").write_text("a b")
+    (tmp_path / "new").write_text("b")
+    engine.update_weights(tmp_path / "old", "one")
+    engine.update_weights(tmp_path / "new", "two")
+    if harm == "removed":
+        (tmp_path / "old").unlink()
+    elif harm == "written over":
+        (tmp_path / "old").write_text("a c")
+    else:
+        (tmp_path / "other").write_text("a b")
+        (tmp_path / "other").replace(tmp_path / "old")
+    kill_and_await_the_next(engine)
+    with pytest.raises(EngineError, match=r"could not be started: .*old: changed or removed since .*version 'one'"):
+        list(engine.submit(ask("r")))
+
+
+def test_an_adapter_that_is_gone_is_missed_by_those_who_name_it_only(
+    engine: EngineProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gone").mkdir()
+    engine.load_adapter("gone", tmp_path / "gone")
+    engine.load_adapter("there", tmp_path)
+    (tmp_path / "gone").rmdir()
+    kill_and_await_the_next(engine)
+    assert engine.stats()["adapters"] == "there"
+    assert "the restarted engine lacks the adapter 'gone'" in caplog.text
+
+
 def test_one_that_dies_young_is_not_raised_over_and_over(engine: EngineProcess) -> None:
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
