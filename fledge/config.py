@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,9 @@ def _read(hint: Any, value: Any, path: str) -> Any:
 
 
 def _read_scalar(hint: type, value: Any, path: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # nor is NaN
+            raise ConfigError(f"{path}: expected a finite number, got {str(value)[:20]}")
         return float(value)
     if hint is type(None) and value is None:
         return None

@@ -1,4 +1,5 @@
-"""Writing files and directories so that a crash, a full disk or a second reader never sees half of one.
+"""Writing files and directories so that a crash, a full disk or a second reader never sees half of one; and reading
+JSON that others wrote.
 
 Everything is written to a temporary name beside its place, synced, and renamed; what a rename has not made visible
 does not exist.
@@ -18,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fledge.errors import RunError
+from fledge.errors import CheckpointError, RunError
 
 TEMPORARY_SUFFIX = ".writing"
 
@@ -64,6 +65,17 @@ def write_directory(path: Path, fill: Callable[[Path], object]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that others wrote; `CheckpointError`, naming the file, if there is none in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object; fetch it again")
+    return data
 
 
 def sync(path: Path) -> None:

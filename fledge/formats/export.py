@@ -17,7 +17,7 @@ from fledge.formats.gguf import write_gguf
 from fledge.formats.gguf_models import settings_of, tensors_of
 from fledge.formats.gguf_tensors import KINDS
 from fledge.formats.gguf_tokenizer import tokenizer_metadata
-from fledge.formats.huggingface import save_huggingface
+from fledge.formats.huggingface import make_of, save_huggingface
 from fledge.text.chat import ChatRenderer
 from fledge.text.foreign import parse
 from fledge.text.published import PublishedTokenizer, publish_imported, publish_own
@@ -28,6 +28,7 @@ def export_huggingface(loaded: LoadedModel, directory: Path, *, dtype: torch.dty
 
     `CheckpointError` if no published layout holds such a model.
     """
+    make_of(loaded.info.family, loaded.model)  # refuses what has neither words nor positions of its own
     published = _published(loaded)
     config: Any = loaded.model.config
     ids = {key: _id_of(published, token) for key, token in _tokens(published).items()}
@@ -64,10 +65,10 @@ def export_gguf(loaded: LoadedModel, path: Path, kind: str | None = None) -> boo
     """
     if path.exists():
         raise CheckpointError(f"{path}: exists already; name a file that does not")
+    metadata = settings_of(loaded.info.family, loaded.model)
     config: Any = loaded.model.config
     vocabulary, is_exact = tokenizer_metadata(_published(loaded), config.vocab_size)
     blocks = load_blocks(loaded)
-    metadata = settings_of(loaded.info.family, loaded.model)
     tensors = list(tensors_of(loaded.info.family, loaded.model, kind, blocks))
     main = max(tensors, key=lambda tensor: sum(t.kind == tensor.kind for t in tensors if len(t.shape) > 1)).kind
     about = {

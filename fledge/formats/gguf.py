@@ -60,6 +60,13 @@ class GGUFFile:
     entries: Mapping[str, Entry]
     data: NDArray[np.uint8]
 
+    def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
+        """The value of a key; `CheckpointError` if it is not of this `kind`: str, bool, int, float, or list of str."""
+        value = self.metadata.get(key, default)
+        if value is not default and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise CheckpointError(f"{self.path}: {key} {value!r} must be a {kind.__name__}")
+        return value
+
     def tensor(self, name: str) -> Tensor:
         """The tensor as float32, a copy; `CheckpointError` if it holds infinite or undefined numbers."""
         entry = self.entries[name]

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fledge.config import from_json, to_json
+from fledge.config import to_json
 from fledge.errors import CheckpointError, ConfigError
 from fledge.formats.gguf import GGUFFile, Outgoing
 from fledge.formats.gguf_tensors import Blocks, stack_blocks
-from fledge.formats.huggingface import fill_parameters
+from fledge.formats.huggingface import fill_parameters, make_empty, refusing
 from fledge.layers.rope import Llama3Scaling, frequencies, stretch
 from fledge.registry import load_family
 
@@ -33,6 +33,8 @@ LLAMA3_BOUNDS = (
     8192,
 )  # low, high, original positions of every stretched Llama; the file holds the divisors
 HEAD_WIDTHS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+# Settings whose defaults no reader agrees on.
+NEEDED = ("context_length", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 # Settings that mean what we compute at these values alone.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
@@ -136,13 +138,8 @@ class GGUFModel:
 def read_model(file: GGUFFile) -> GGUFModel:
     """The model of a file, on the CPU in float32, in evaluation mode. `CheckpointError` names what does not fit."""
     layout = _layout_of_file(file)
-    config_class, model_class = load_family(layout.family)
-    try:
-        config = from_json(config_class, _read_config(layout, file))
-        with torch.device("meta"):  # shapes without memory: every parameter is replaced below
-            model: nn.Module = model_class(config)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file.path}: {error}") from error
+    with refusing(file.path):
+        model = make_empty(layout.family, _read_config(layout, file), len(file.entries))
     places = _stored_places(layout, file, model)
     found: dict[str, Tensor] = {}
     blocks: dict[str, Blocks] = {}
@@ -157,9 +154,9 @@ def read_model(file: GGUFFile) -> GGUFModel:
 
 
 def _layout_of_file(file: GGUFFile) -> Layout:
-    if file.metadata.get("split.count", 1) != 1:
+    if file.get("split.count", int, 1) != 1:
         raise CheckpointError(f"{file.path}: one of several files of a model; join them with llama.cpp's gguf-split")
-    architecture = file.metadata.get("general.architecture")
+    architecture = file.get("general.architecture", str)
     for layout in LAYOUTS:
         if layout.architecture == architecture:
             return layout
@@ -175,6 +172,9 @@ def _read_config(layout: Layout, file: GGUFFile) -> dict[str, Any]:
     start = f"{layout.architecture}."
     given = {key.removeprefix(start): _plain(value) for key, value in file.metadata.items() if key.startswith(start)}
     config: dict[str, Any] = {**layout.ours, "vocab_size": _embedding_rows(file)}
+    for key in layout.settings:
+        if key in NEEDED and key not in given:
+            raise ConfigError(f"no {start}{key}")
     config |= {ours: given.pop(key) for key, ours in layout.settings.items() if key in given}
     if given.pop("vocab_size", config["vocab_size"]) != config["vocab_size"]:
         raise ConfigError(f"{start}vocab_size is not the {config['vocab_size']} rows of {EMBEDDING}")
@@ -189,8 +189,6 @@ def _read_config(layout: Layout, file: GGUFFile) -> dict[str, Any]:
         config.setdefault("num_kv_heads", config.get("num_heads"))
     if "head_width" in fields:
         config.setdefault("head_width", _default_head_width(config))
-    if isinstance(layers := config.get("num_layers"), int) and layers > len(file.entries):
-        raise ConfigError(f"{start}block_count {layers} is more than the {len(file.entries)} tensors")
     if "is_head_tied" in fields:
         config["is_head_tied"] = HEAD not in file.entries
     _check_widths(layout, given, config)

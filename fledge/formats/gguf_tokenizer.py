@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fledge.errors import CheckpointError
 from fledge.formats.gguf import INT32, GGUFFile, Typed
-from fledge.text.foreign import parse
+from fledge.text.foreign import MARKER, parse
 from fledge.text.published import PublishedTokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
@@ -78,14 +80,16 @@ RULES = (
 
 def read_tokenizer(file: GGUFFile) -> PublishedTokenizer:
     """The tokenizer of a file. `CheckpointError` for one that is missing, damaged, or of a kind we do not read."""
-    kind, rule = _get(file, "model", str, None), _find_rule(file)
+    kind, rule = file.get(_KEY + "model", str), _find_rule(file)
     if kind != "gpt2":
         raise CheckpointError(
             f"{file.path}: a tokenizer of kind {kind!r} is not supported: known is byte-level BPE, 'gpt2'"
         )
     tokens, merges = _strings(file, "tokens"), _strings(file, "merges")
     types = _types(file, tokens)
-    special = {name: _token(file, f"{name}_token_id", tokens) for name in ("bos", "eos", "eot", "eom", "padding")}
+    special = {
+        name: _token(file, f"{name}_token_id", tokens, types) for name in ("bos", "eos", "eot", "eom", "padding")
+    }
     added = []
     for token_id, (token, kind_of_token) in enumerate(zip(tokens, types, strict=True)):
         is_special = kind_of_token == CONTROL or token in special.values()
@@ -102,8 +106,8 @@ def read_tokenizer(file: GGUFFile) -> PublishedTokenizer:
         special["bos"],
         tuple(end for end in ends if end is not None),
         special["padding"],
-        special["bos"] is not None and _get(file, "add_bos_token", bool, rule.ignore_merges),
-        file.metadata.get("tokenizer.chat_template"),
+        special["bos"] is not None and file.get(_KEY + "add_bos_token", bool, rule.ignore_merges),
+        file.get("tokenizer.chat_template", str),
     )
 
 
@@ -169,7 +173,7 @@ def _layout(rule: Rule) -> dict[str, Any]:
 
 
 def _find_rule(file: GGUFFile) -> Rule:
-    name = _get(file, "pre", str, "default")
+    name = file.get(_KEY + "pre", str, "default")
     for rule in RULES:
         if name in rule.names:
             return rule
@@ -177,16 +181,9 @@ def _find_rule(file: GGUFFile) -> Rule:
     raise CheckpointError(f"{file.path}: {_KEY}pre {name!r} is not supported: known are {known}")
 
 
-def _get(file: GGUFFile, name: str, kind: type[Any], default: Any) -> Any:
-    value = file.metadata.get(_KEY + name, default)
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-        raise CheckpointError(f"{file.path}: {_KEY}{name} {value!r} must be a {kind.__name__}")
-    return value
-
-
 def _strings(file: GGUFFile, name: str) -> Sequence[str]:
-    found = _get(file, name, list, None)
-    if not found or (name == "tokens" and len(set(found)) < len(found)):
+    found = file.get(_KEY + name, list)
+    if found is None or (name == "tokens" and (not found or len(set(found)) < len(found))):
         raise CheckpointError(f"{file.path}: {_KEY}{name} must hold strings, each token once; fetch the file again")
     return found  # type: ignore[no-any-return]
 
@@ -195,18 +192,20 @@ def _types(file: GGUFFile, tokens: Sequence[str]) -> list[int]:
     found = file.metadata.get(_KEY + "token_type")
     if found is None:
         return [NORMAL] * len(tokens)
-    if isinstance(found, str | list | bool | int | float) or len(found) != len(tokens):
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or len(found) != len(tokens):
         raise CheckpointError(f"{file.path}: {_KEY}token_type must hold a number for each of the {len(tokens)} tokens")
     return [int(number) for number in found]
 
 
-def _token(file: GGUFFile, name: str, tokens: Sequence[str]) -> str | None:
-    token_id = _get(file, name, int, None)
+def _token(file: GGUFFile, name: str, tokens: Sequence[str], types: Sequence[int]) -> str | None:
+    """The token whose id stands there; None too if it is one of ordinary text: a default that nobody set right."""
+    token_id = file.get(_KEY + name, int)
     if token_id is None:
         return None
     if not 0 <= token_id < len(tokens):
         raise CheckpointError(f"{file.path}: {_KEY}{name} {token_id} is outside the {len(tokens)} tokens")
-    return str(tokens[token_id])
+    is_apart = types[token_id] in (CONTROL, USER_DEFINED) or MARKER.fullmatch(tokens[token_id])
+    return tokens[token_id] if is_apart else None
 
 
 def _pair(file: GGUFFile, merge: str) -> list[str]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 
 from fledge.config import from_json
 from fledge.errors import CheckpointError, ConfigError
-from fledge.files import write_directory, write_json, write_text
-from fledge.layers.lora import Linear
-from fledge.models.published import IDLE, Published
+from fledge.files import read_object, write_directory, write_json, write_text
+from fledge.layers.lora import Linear, plain_state
+from fledge.models.published import FIXED, IDLE, Published
 from fledge.registry import FAMILIES, family, load_family
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -47,18 +46,12 @@ def load_huggingface(directory: Path, *, dtype: torch.dtype = torch.float32) -> 
     weights that are missing, unexpected, of another shape, not finite, or kept as a pickle; a truncated file.
     """
     path = directory / CONFIG
-    raw = _read_json(path)
+    raw = read_object(path)
     family_name, make = _find_make(raw, path)
-    config_class, model_class = load_family(family_name)
-    try:
-        config = from_json(config_class, _read_config(raw, make))
-        if config.num_layers > (count := len(_stored_names(directory))):  # before a million layers are built
-            raise ConfigError(f"{config.num_layers} layers, where there are {count} weights")
-        with torch.device("meta"):  # shapes without memory: every parameter is replaced below
-            model: nn.Module = model_class(config)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    fill_parameters(model, _read_weights(directory, make, model, dtype), directory)
+    files = _stored_names(directory)
+    with refusing(path):
+        model = make_empty(family_name, _read_config(raw, make), len(files))
+    fill_parameters(model, _read_weights(directory, files, make, model, dtype), directory)
     return family_name, model.eval()
 
 
@@ -122,7 +115,7 @@ def _read_config(raw: Mapping[str, Any], make: Published) -> dict[str, Any]:
     """The fields of our config as JSON values; `ConfigError` names the first field we do not compute."""
     left = {key: value for key, value in raw.items() if key not in IDLE | make.idle}
     config = {**make.ours, **make.read_more(left)}
-    for key, accepted in make.fixed.items():
+    for key, accepted in {**FIXED, **make.fixed}.items():
         value = left.pop(key, accepted[0])
         if value not in accepted:
             raise ConfigError(f"{key} {value!r} is not supported: known is {accepted[0]!r}")
@@ -166,6 +159,31 @@ def _stored_as(make: Published, name: str) -> str:
     return name if name.startswith("lm_head.") else make.prefix + name
 
 
+# A model of the makers' sizes.
+
+
+@contextlib.contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Makes a `CheckpointError` that names `path` of whatever a settings file that lies does to our arithmetic."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {str(error).partition(chr(10))[0]}") from error
+
+
+def make_empty(family_name: str, config: Mapping[str, Any], num_weights: int) -> nn.Module:
+    """A model without values, in no memory, for `fill_parameters`; `num_weights` are there to fill it."""
+    config_class, model_class = load_family(family_name)
+    read = from_json(config_class, config)
+    if read.num_layers > num_weights:  # before a million layers are built
+        raise ConfigError(f"{read.num_layers} layers, where there are {num_weights} weights")
+    with torch.device("meta"):
+        model: nn.Module = model_class(read)
+    return model
+
+
 # Weights: from files to parameters.
 
 
@@ -179,28 +197,33 @@ def _places(make: Published, num_layers: int) -> dict[str, Place]:
     return places
 
 
-def _read_weights(directory: Path, make: Published, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_weights(
+    directory: Path, stored: Mapping[str, Path], make: Published, model: nn.Module, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Tensors, cast and shaped, for the names of all parameters of `model`; a tied head also under its own name."""
     num_layers = int(model.config.num_layers)  # type: ignore[union-attr, arg-type]
     places = _places(make, num_layers)
     owned = {name for name, _ in model.named_parameters()}
     buffers = {name.replace("*", str(layer)) for name in make.buffers for layer in range(num_layers)}
     files: dict[str, tuple[Path, str]] = {}  # published name without prefix -> file, name in it
-    for stored, path in _stored_names(directory).items():
-        if (name := stored.removeprefix(make.prefix)) not in buffers:
-            files[name] = (path, stored)
+    for full_name, path in stored.items():
+        name = full_name.removeprefix(make.prefix)
+        if name in files:
+            raise CheckpointError(f"{directory}: '{full_name}' and '{files[name][1]}' are the same weight")
+        if name not in buffers:
+            files[name] = (path, full_name)
     required = {name for name, place in places.items() if owned.issuperset(place.ours)}
     _require_none(required - set(files), "missing", directory, make)
     _require_none(set(files) - set(places), "unexpected", directory, make)
     weights: dict[str, Tensor] = {}
-    for name, (path, stored) in files.items():
+    for name, (path, full_name) in files.items():
         shapes = [model.get_parameter(ours).shape for ours in places[name].ours]
         with _reading(path) as file:
-            tensor = file.get_tensor(stored)
+            tensor = file.get_tensor(full_name)
         try:
             parts = _take_apart(tensor, places[name], shapes, dtype)
         except ValueError as error:
-            raise CheckpointError(f"{path}: '{stored}' {error}") from error
+            raise CheckpointError(f"{path}: '{full_name}' {error}") from error
         weights.update(zip(places[name].ours, parts, strict=True))
     return weights
 
@@ -252,11 +275,26 @@ def _published_weights(model: nn.Module, make: Published, dtype: torch.dtype) ->
     for name, place in _places(make, model.config.num_layers).items():  # type: ignore[union-attr, arg-type]
         if not parameters.keys() >= set(place.ours):
             continue
-        tensor = torch.cat([parameters.pop(ours).detach() for ours in place.ours])
-        tensor = tensor.T if place.is_transposed else tensor
-        weights[_stored_as(make, name)] = tensor.to("cpu", dtype).contiguous()
+        tensor = _put_together([parameters.pop(ours) for ours in place.ours], place).to("cpu", dtype)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"'{name}' holds numbers that {DTYPES[dtype]} cannot hold; write float32 or bfloat16")
+        weights[_stored_as(make, name)] = tensor.contiguous()
     assert not parameters, f"{make.architecture} has no name for {sorted(parameters)}"
     return weights
+
+
+def _put_together(parts: Sequence[Tensor], place: Place) -> Tensor:
+    tensor = torch.cat([part.detach() for part in parts])
+    return tensor.T if place.is_transposed else tensor
+
+
+def published_weight(family_name: str, model: nn.Module, name: str) -> Tensor | None:
+    """The weight that its makers call `name`, in their shape; None if there is none, or it is quantised."""
+    make, own = make_of(family_name, model), plain_state(model)
+    place = _places(make, model.config.num_layers).get(name.removeprefix(make.prefix))  # type: ignore[union-attr, arg-type]
+    if place is None or not own.keys() >= set(place.ours):
+        return None
+    return _put_together([own[ours] for ours in place.ours], place)
 
 
 def _write_shards(directory: Path, weights: Mapping[str, Tensor], max_shard_bytes: int) -> None:
@@ -283,16 +321,6 @@ def _write_shards(directory: Path, weights: Mapping[str, Tensor], max_shard_byte
 # Files.
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); a Hugging Face directory holds one") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return data
-
-
 def _stored_names(directory: Path) -> dict[str, Path]:
     """Every tensor that the directory holds -> its file."""
     if (directory / WEIGHTS).exists():
@@ -305,19 +333,20 @@ def _stored_names(directory: Path) -> dict[str, Path]:
             if pickles
             else f"{directory}: expected {WEIGHTS} or {INDEX}, found neither"
         )
-    listed = _read_json(directory / INDEX).get("weight_map")
+    listed = read_object(directory / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise CheckpointError(f"{directory / INDEX}: expected a 'weight_map' of weights and file names")
-    stored: dict[str, Path] = {}
     for name in sorted(set(listed.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{directory / INDEX}: '{name}' is not the name of a file beside it")
         with _reading(directory / name) as file:
-            stored.update(dict.fromkeys(file.keys(), directory / name))
-    for weight, file_name in listed.items():
-        if stored.get(weight) != directory / file_name:
-            raise CheckpointError(f"{directory / INDEX}: places '{weight}' in {file_name}, which does not hold it")
-    return stored
+            held = set(file.keys())
+        placed = {weight for weight, file_name in listed.items() if file_name == name}
+        if lacking := placed - held:
+            raise CheckpointError(f"{directory / INDEX}: places '{min(lacking)}' in {name}, which does not hold it")
+        if surplus := held - placed:
+            raise CheckpointError(f"{directory / name}: holds '{min(surplus)}', which {INDEX} does not place there")
+    return {weight: directory / name for weight, name in listed.items()}
 
 
 @contextlib.contextmanager
@@ -325,5 +354,5 @@ def _reading(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, UnicodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); fetch it again") from error

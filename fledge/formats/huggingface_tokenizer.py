@@ -1,28 +1,32 @@
 """The tokenizer of a Hugging Face directory, with its chat template and special tokens.
 
 `tokenizer.json` holds the vocabulary; what its makers say of it stands in `tokenizer_config.json`, `config.json`,
-`generation_config.json` and, of late, `chat_template.jinja`. Source: `transformers`' documentation of these files.
+`generation_config.json` and, of late, `chat_template.jinja`, formerly in `special_tokens_map.json`. Source:
+`transformers`' documentation of these files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fledge.errors import CheckpointError, TokenizerError
-from fledge.text.foreign import parse
+from fledge.files import read_object
+from fledge.text.foreign import MARKER, parse
 from fledge.text.published import PublishedTokenizer
 
-TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # the later one is right where both speak
 MODEL_SETTINGS = ("generation_config.json", "config.json")
 
 
 def read_tokenizer(directory: Path) -> PublishedTokenizer:
     """The tokenizer of `directory`; `CheckpointError` names the file that is missing, damaged or contradictory.
 
-    It ends an answer at the tokenizer's `eos_token` and at every `eos_token_id` of the model's own settings.
+    It ends an answer at the tokenizer's `eos_token` and at every `eos_token_id` of the model's own settings but for
+    those of ordinary text: such a one is a default that nobody set right.
     """
     path = directory / TOKENIZER
     try:
@@ -32,13 +36,9 @@ def read_tokenizer(directory: Path) -> PublishedTokenizer:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a model comes with one") from error
     except TokenizerError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    settings = _settings(directory / SETTINGS)
+    settings = {key: value for name in SETTINGS for key, value in _settings(directory / name).items()}
     special = {name: _content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
-    names = (
-        {token_id: token for token, token_id in layout["model"].get("vocab", {}).items()} if _has_ids(layout) else {}
-    )
-    names |= {token["id"]: token["content"] for token in layout["added_tokens"]}
-    ends = [special["eos"], *(names.get(token_id) for token_id in _end_ids(directory))]
+    ends = [special["eos"], *_markers(layout, _end_ids(directory))]
     return PublishedTokenizer(
         data,
         special["bos"],
@@ -50,19 +50,15 @@ def read_tokenizer(directory: Path) -> PublishedTokenizer:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); fetch it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object; fetch it again")
-    return data
+    return read_object(path) if path.is_file() else {}
 
 
-def _has_ids(layout: Mapping[str, Any]) -> bool:
-    return isinstance(layout["model"].get("vocab"), dict)
+def _markers(layout: Mapping[str, Any], token_ids: Iterable[int]) -> list[str]:
+    """The tokens of these ids that stand between texts."""
+    vocab = layout["model"]["vocab"]
+    found = {i: token for token, i in vocab.items() if MARKER.fullmatch(token)} if isinstance(vocab, dict) else {}
+    found |= {token["id"]: token["content"] for token in layout["added_tokens"]}
+    return [found[token_id] for token_id in token_ids if token_id in found]
 
 
 def _content(token: Any) -> str | None:

@@ -7,9 +7,9 @@ that is no part of a plain LoRA pair, is refused by name. Source: the `peft` lib
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fledge.errors import CheckpointError
-from fledge.files import write_directory, write_json
-from fledge.formats.huggingface import linear, make_of, published_modules
+from fledge.files import read_object, write_directory, write_json
+from fledge.formats.huggingface import linear, make_of, published_modules, published_weight
 from fledge.layers.lora import Adapter, Linear, LoraConfig, Pair
 from fledge.registry import FAMILIES
 
@@ -43,28 +43,30 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 DEFAULTS: Mapping[str, Any] = {
     "r": 8,
-    "lora_alpha": 8,
+    "lora_alpha": 8.0,
     "lora_dropout": 0.0,
     "use_rslora": False,
     "alpha_pattern": {},
     "rank_pattern": {},
 }
+COPY = ".base_layer"  # within the name of a weight that PEFT saved along with the pair beside it
 _NAME = re.compile(r"\^?[\w.]+")
 
 
 def load_adapter(directory: Path, model: nn.Module) -> Adapter:
-    """The adapter in `directory`, for `model`. `CheckpointError` names what does not belong to it or is unsupported.
+    """The adapter in `directory`, for `model`, in float32. `CheckpointError` names what does not belong to it or is
+    unsupported.
 
     A module that is one in Hugging Face and several in ours (GPT-2's `c_attn`) gives each the same A and its part of B.
     """
     settings = _read_settings(directory / CONFIG)
     tensors = _read_tensors(directory / WEIGHTS)
-    modules = published_modules(_family_of(model), model)
+    family = _family_of(model)
+    modules = published_modules(family, model)
     rank, alpha = settings["r"], settings["lora_alpha"]
     pairs: dict[str, Pair] = {}
-    for name in sorted(
-        {key.removeprefix(START).removesuffix(end) for key in tensors for end in ENDS if key.endswith(end)}
-    ):
+    names = {key.removesuffix(end).removeprefix(START) for end in ENDS for key in tensors if key.endswith(end)}
+    for name in sorted(name for name in names if tensors.keys() & {START + name + end for end in ENDS}):
         if name not in modules:
             raise CheckpointError(f"{directory}: adapts '{name}', which {type(model).__name__} does not have")
         a, b = (tensors.pop(f"{START}{name}{end}", None) for end in ENDS)
@@ -76,8 +78,8 @@ def load_adapter(directory: Path, model: nn.Module) -> Adapter:
         rows_of = b.split([part.out_features for part in parts])
         for ours, rows in zip(modules[name], rows_of, strict=True):
             pairs[ours] = Pair(a.clone(), rows.clone(), scale)
-    if tensors:
-        raise CheckpointError(f"{directory / WEIGHTS}: '{sorted(tensors)[0]}' is no part of a LoRA pair of this model")
+    for key, copy in sorted(tensors.items()):
+        _require_copy(directory, key, copy, published_weight(family, model, key.removeprefix(START).replace(COPY, "")))
     if not pairs:
         raise CheckpointError(f"{directory / WEIGHTS}: holds no adapter")
     targets = tuple(sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in pairs}))
@@ -145,36 +147,30 @@ def _scale(alpha: float, rank: int, is_rank_stabilised: bool) -> float:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """Rank, alpha and what else we compute by; everything else must be what it is when it does nothing."""
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(given, dict)
-    except (OSError, ValueError, AssertionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); an adapter's directory holds one") from error
+    given = read_object(path)
     for key, accepted in FIXED.items():
         value = given.pop(key, accepted[0])
         if value not in accepted:
             raise CheckpointError(f"{path}: {key} {value!r} is not supported: known is {accepted[0]!r}")
-    defaults = {
-        "r": 8,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "alpha_pattern": {},
-        "rank_pattern": {},
-    }
-    settings = {key: given.pop(key, default) for key, default in defaults.items()}
+    settings = {key: given.pop(key, default) for key, default in DEFAULTS.items()}
     for key, value in settings.items():
         kind = type(DEFAULTS[key])
-        is_number = kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number or isinstance(value, kind)) or (is_number and not math.isfinite(value)):
+        if not (_is_number(value) if kind is float else type(value) is kind):
             raise CheckpointError(f"{path}: {key} {value!r} must be a {kind.__name__}")
-    for pattern in settings["alpha_pattern"]:
+    for pattern, alpha in settings["alpha_pattern"].items():
         if not _NAME.fullmatch(pattern):
             raise CheckpointError(f"{path}: alpha_pattern '{pattern}' is not supported: known are names of modules")
+        if not _is_number(alpha):
+            raise CheckpointError(f"{path}: alpha_pattern gives '{pattern}' {alpha!r}, which must be a float")
     other = sorted(key for key, value in given.items() if key not in IDLE and value)
     if other:
         raise CheckpointError(f"{path}: {other[0]} {given[other[0]]!r} is not supported; fledge runs plain LoRA")
     return {**settings, "lora_alpha": float(settings["lora_alpha"]), "lora_dropout": float(settings["lora_dropout"])}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, not too large to be a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -183,7 +179,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         reason = "is a pickle, which fledge does not read; save it as safetensors" if pickles else "is not there"
         raise CheckpointError(f"{path.parent}: {(pickles or [WEIGHTS])[0]} {reason}")
     try:
-        return load_file(path)
+        return {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()
+        }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); fetch it again") from error
 
@@ -208,6 +206,18 @@ def _check(directory: Path, name: str, a: Tensor | None, b: Tensor | None, parts
         )
     if not all(part.is_floating_point() and torch.isfinite(part).all() for part in (a, b)):
         raise CheckpointError(f"{directory}: '{name}' holds infinite or undefined values, or none that are floats")
+
+
+def _require_copy(directory: Path, key: str, copy: Tensor, weight: Tensor | None) -> None:
+    """Whether a tensor beside the pairs is the model's own weight again, as PEFT saves it when the head is adapted."""
+    if weight is None:
+        raise CheckpointError(f"{directory / WEIGHTS}: '{key}' is no part of a LoRA pair of this model")
+    own = weight.detach().to("cpu", torch.float32)
+    if not any(torch.equal(copy, own.to(dtype).float()) for dtype in (torch.float32, torch.bfloat16, torch.float16)):
+        raise CheckpointError(
+            f"{directory / WEIGHTS}: '{key}' is not the model's own weight; fledge runs plain LoRA, so merge the "
+            "adapter into its model with PEFT first"
+        )
 
 
 # Writing.

@@ -315,7 +315,6 @@ PUBLISHED = (
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "reorder_and_upcast_attn": (False, True),  # the order of rounding, not what is computed
-            "add_cross_attention": (False,),
             "tie_word_embeddings": (True,),
         },
         ours={"block": "pre_norm", "window": None},

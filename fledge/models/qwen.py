@@ -266,7 +266,10 @@ PRESETS = {
 
 
 def _read_qwen2(raw: RawConfig) -> dict[str, Any]:
-    return _read_more(raw, raw.get("hidden_size", 4096) // raw.get("num_attention_heads", 32))
+    width, num_heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
+    if not isinstance(width, int) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ConfigError(f"hidden_size {width!r} and num_attention_heads {num_heads!r} must be positive numbers")
+    return _read_more(raw, width // num_heads)
 
 
 def _read_qwen3(raw: RawConfig) -> dict[str, Any]:
@@ -276,12 +279,14 @@ def _read_qwen3(raw: RawConfig) -> dict[str, Any]:
 def _read_more(raw: RawConfig, head_width: int) -> dict[str, Any]:
     """Grouped queries, the head width (`head_width` if left out) and the rotation, in its old or new spelling."""
     num_kv_heads, given_width, layers = (
-        raw.pop(key, None) for key in ("num_key_value_heads", "head_dim", "layer_types")
+        raw.pop("num_key_value_heads", 32),
+        raw.pop("head_dim", None),
+        raw.pop("layer_types", None),
     )
     if layers is not None and set(layers) != {"full_attention"}:
         raise ConfigError(f"layer_types {sorted(set(layers))} are not supported: known is full_attention")
     return {
-        "num_kv_heads": 32 if num_kv_heads is None else num_kv_heads,
+        "num_kv_heads": raw.get("num_attention_heads", 32) if num_kv_heads is None else num_kv_heads,
         "head_width": head_width if given_width is None else given_width,
         "rope_base": _read_rope(raw),
     }

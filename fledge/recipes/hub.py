@@ -23,7 +23,7 @@ from fledge.files import write_file
 
 ENDPOINT = "https://huggingface.co"
 REQUIRED = ("config.json", "tokenizer.json")
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TIMEOUT_SECONDS = 30
 CHUNK_BYTES = 1 << 20
@@ -72,7 +72,7 @@ def _endpoint() -> str:
 def _shards(index: Path) -> list[str]:
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index}: damaged ({error}); remove it and run the command again") from error
     for file in files:
         if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):

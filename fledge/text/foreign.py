@@ -8,6 +8,7 @@ token's name is a mere label, and renaming it in the file leaves every id, and s
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,8 @@ BYTES_OUTSIDE_UTF8 = (
     0xC1,
     0xC0,
 )  # RFC 3629
+# What stands between texts looks like this: <|im_end|>, </s>, [INST]. No word does, and no white space.
+MARKER = re.compile(r"<\S+>|\[\S+\]")
 _PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -41,15 +44,24 @@ def parse(data: bytes) -> dict[str, Any]:
     """The content of a tokenizer.json with at least its model and added tokens; `TokenizerError` if it is none."""
     try:
         layout = json.loads(data)
-        if isinstance(layout["model"], dict) and all(
-            {"id", "content", "special"} <= set(t) for t in layout["added_tokens"]
-        ):
+        if _is_vocabulary(layout["model"]) and all(map(_is_added_token, layout["added_tokens"])):
             _refuse_broken_merges(layout["model"])
             return dict(layout)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, TokenizerError):
-            raise
+    except TokenizerError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
     raise TokenizerError("not a tokenizer.json, or a damaged one; get or make the file again")
+
+
+def _is_vocabulary(model: Mapping[str, Any]) -> bool:
+    """Ids by token, or as Unigram has it a list of tokens and scores."""
+    vocab = model["vocab"]
+    return isinstance(vocab, list) or all(type(token_id) is int for token_id in vocab.values())
+
+
+def _is_added_token(token: Mapping[str, Any]) -> bool:
+    return type(token["id"]) is int and isinstance(token["content"], str) and isinstance(token["special"], bool)
 
 
 def _refuse_broken_merges(model: Mapping[str, Any]) -> None:
@@ -77,9 +89,9 @@ def load_core(data: bytes) -> library.Tokenizer:
 def refuse_unless_byte_level(layout: Mapping[str, Any]) -> None:
     """`TokenizerError` unless text is split into bytes without anything being added to it."""
     parts = [part for key in ("pre_tokenizer", "normalizer") for part in _parts(layout.get(key))]
-    byte_level = [part for part in parts if part["type"] == "ByteLevel"]
+    byte_level = [part for part in parts if part.get("type") == "ByteLevel"]
     if not byte_level:
-        kinds = ", ".join(str(part["type"]) for part in parts) or "nothing"
+        kinds = ", ".join(str(part.get("type")) for part in parts) or "nothing"
         raise TokenizerError(f"does not work on bytes (it splits by {kinds}); only byte-level files are read")
     if any(part.get("add_prefix_space") for part in byte_level):
         raise TokenizerError(
@@ -117,9 +129,10 @@ def adopt_imported(
     """(a tokenizer.json for a model of `vocab_size` rows, our names of the tokens that it calls otherwise by theirs).
 
     `document`, the token that begins a document, becomes `<|endoftext|>`. `pad` becomes `<|pad|>` unless it is that
-    token or one of those `used` for something else: then padding gets an id of its own that nothing else uses. That is
-    a row of the model that has no token, or the token of a byte that no text holds, or an unused special token. No id
-    changes. `TokenizerError` if the file lacks a token, has ids beyond the model's rows, or leaves nothing to pad with.
+    token or one of those `used` for something else, or the file lacks it: then padding gets an id of its own that
+    nothing else uses. That is a row of the model that has no token, or the token of a byte that no text holds, or an
+    unused special token. All that are `used` become special ones, whatever the file says. No id changes.
+    `TokenizerError` if the file lacks a token, has ids beyond the model's rows, or leaves nothing to pad with.
     """
     layout = parse(data)
     vocab, added = layout["model"]["vocab"], layout["added_tokens"]
@@ -127,18 +140,18 @@ def adopt_imported(
         raise TokenizerError(f"is a {layout['model'].get('type')} vocabulary; only byte-level BPE is imported")
     ids: dict[str, int] = {**vocab, **{token["content"]: token["id"] for token in added}}
     _refuse_other_models(ids, vocab_size)
-    if pad is None or pad == document or pad in used:
+    if pad is None or pad == document or pad in used or pad not in ids:
         pad = _unused(layout, ids, vocab_size, {document, *used})
     if pad not in ids:
         ids[pad] = max(set(range(vocab_size)) - set(ids.values()))
     moved = {document: "<|endoftext|>", pad: "<|pad|>"}
     moved |= {name: f"<|published_{name[2:]}" for name in REQUIRED_SPECIAL_TOKENS if name in ids and name not in moved}
-    for name in moved.keys() - {token["content"] for token in added}:
-        if name != pad:
+    for name in sorted({*moved, *used} - {token["content"] for token in added}):
+        if name != pad and not (name in vocab and MARKER.fullmatch(name)):
             raise TokenizerError(f"has no special token '{name}'")
-        added.append({"id": ids[pad], "content": pad, **_PLAIN_TOKEN})
+        added.append({"id": ids[name], "content": name, **_PLAIN_TOKEN})
     for token in added:
-        token["special"] |= token["content"] in moved
+        token["special"] |= token["content"] in moved or token["content"] in used
         token["content"] = moved.get(token["content"], token["content"])
     layout["model"]["vocab"] = {moved.get(token, token): token_id for token, token_id in ids.items()}
     layout |= {"padding": None, "truncation": None}
@@ -208,11 +221,11 @@ def _parts(component: Any) -> Iterator[Mapping[str, Any]]:
     """A component of the file, or what stands inside when it is a sequence."""
     if isinstance(component, Mapping):
         inner = component.get("pretokenizers") or component.get("normalizers")
-        if inner is None:
-            yield component
-        else:
+        if isinstance(inner, list):
             for part in inner:
                 yield from _parts(part)
+        else:
+            yield component
 
 
 def _refuse_wrong_mapping(special_tokens: Mapping[str, str | None], added: Mapping[str, Any]) -> None:

@@ -6,13 +6,17 @@ What the formats read (a Hugging Face directory, a GGUF file) arrives here as on
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-from fledge.errors import TokenizerError
+from fledge.errors import TokenizerError, UserError
 from fledge.text.chat import ROLES, ChatRenderer, ChatTemplate
-from fledge.text.foreign import adopt_imported, give_back, parse
+from fledge.text.foreign import MARKER, adopt_imported, give_back, parse
+from fledge.text.sandbox import ChatProgram
 from fledge.text.template import ImportedTemplate
 from fledge.text.tokenizer import Tokenizer
+from fledge.types import Role
 
 # For models that come without a template. The first is what most chat models of its tokens were taught.
 CHATML = (
@@ -47,21 +51,47 @@ def adopt_published(published: PublishedTokenizer, vocab_size: int) -> tuple[Tok
     A document begins with `bos` where its makers put it there, else with `<|endoftext|>` if there is such a token,
     else with the first of `ends`.
     """
-    special = [token["content"] for token in parse(published.data)["added_tokens"] if token["special"]]
+    added = {token["content"]: token["special"] for token in parse(published.data)["added_tokens"]}
     document = published.bos if published.begins else None
-    if document is None and "<|endoftext|>" in special:
+    if document is None and added.get("<|endoftext|>"):
         document = "<|endoftext|>"
     document = document or next(iter(published.ends), published.bos)
     if document is None:
+        special = [token for token, is_special in added.items() if is_special]
         raise TokenizerError(f"has no token that begins or ends a text; its special ones are {special}")
     source = published.template
     if source is None:
-        source = CHATML if {"<|im_start|>", "<|im_end|>"} <= set(special) else PLAIN
-    used = {*published.ends, *(token for token in special if token == published.bos or token in source)}
+        source = CHATML if {"<|im_start|>", "<|im_end|>"} <= added.keys() else PLAIN
+    used = {*published.ends, *_framing(added, published.bos, _written(source, published.bos))}
     data, names = adopt_imported(published.data, vocab_size, document, published.pad, used)
     ends = tuple(dict.fromkeys(published.ends))
     template = ImportedTemplate(source, published.bos, ends[0] if ends else None, ends, names, published.begins)
     return Tokenizer(data), template
+
+
+def _written(source: str, bos: str | None) -> str:
+    """A template with what it makes of small conversations: some put their tokens together out of parts."""
+    program, texts = ChatProgram(source), [source]
+    about = {"bos_token": bos or "", "eos_token": "", "add_generation_prompt": True}
+    tried: tuple[tuple[Role, ...], ...] = (("user",), ("system", "user"), ("user", "assistant"), ("user", "tool"))
+    for roles in tried:
+        messages = [{"role": role, "content": "a"} for role in roles]
+        with suppress(UserError):  # a template may refuse a role
+            texts.append(program.render({"messages": messages, **about}))
+    return "\n".join(texts)
+
+
+def _framing(added: Mapping[str, bool], bos: str | None, written: str) -> Iterator[str]:
+    """The added tokens that a template writes around what is said; their makers have not always marked them special.
+
+    Not the pairs `<x>` and `</x>`: they stand within what is said, as `<think>` and `<tool_call>` do.
+    """
+    for token, is_special in added.items():
+        name = token.strip("</>")
+        is_pair = added.keys() >= {f"<{name}>", f"</{name}>"}
+        frames = is_special or (MARKER.fullmatch(token) and (token == bos or not is_pair))
+        if frames and (token == bos or token in written):
+            yield token
 
 
 def publish_imported(data: bytes, template: ImportedTemplate) -> PublishedTokenizer:

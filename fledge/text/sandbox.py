@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -46,6 +47,9 @@ METHODS = {
 }  # fmt: skip
 OPERATORS = frozenset({"*", "**", "+", "%"})
 TURNS, JOINED = "fledge_turns", "fledge_joined"  # filters that are put in when a template is read
+# What opens a placeholder (template.py). `tojson` puts the others in its place, of plain and of ASCII JSON: what takes
+# the place of the placeholder then stands inside a JSON string.
+OPEN, OPEN_IN_JSON, OPEN_IN_ASCII = "\ue000", "\ue002", "\ue003"
 
 
 class Meter:
@@ -264,4 +268,7 @@ def _tojson(
     _METER.get().charge_for(value)
     if indent is not None and not (isinstance(indent, int) and indent <= MAX_JSON_INDENT):
         raise SecurityError(f"it indents JSON by more than {MAX_JSON_INDENT} columns")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    if ensure_ascii:
+        text = re.sub(r"[^\0-\x7f\ue000-\ue0ff]", lambda match: json.dumps(match[0])[1:-1], text)
+    return text.replace(OPEN, OPEN_IN_ASCII if ensure_ascii else OPEN_IN_JSON)

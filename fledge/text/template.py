@@ -20,15 +20,15 @@ from typing import Any
 
 from fledge.config import config_hash
 from fledge.errors import TokenizerError, UserError
-from fledge.text.sandbox import ChatProgram
+from fledge.text.sandbox import OPEN, OPEN_IN_ASCII, OPEN_IN_JSON, ChatProgram
 from fledge.text.tokenizer import Tokenizer
 from fledge.text.tools import Tool, show_tools
 from fledge.types import CallPart, Conversation, Message, Rendered, Role, Termination
 
 # A placeholder is a number in private-use characters, between two others; none of these is let through from anywhere.
-_OPEN, _CLOSE, _ZERO = "\ue000", "\ue001", 0xE010
+_CLOSE, _ZERO = "\ue001", 0xE010
 _PRIVATE = re.compile("[\ue000-\ue0ff]")
-_PLACEHOLDER = re.compile("\ue000([\ue010-\ue019]+)\ue001")
+_PLACEHOLDER = re.compile(f"([{OPEN}{OPEN_IN_JSON}{OPEN_IN_ASCII}][\ue010-\ue019]+){_CLOSE}")
 APART = -1  # the message of what is hidden but no content
 _TAG = re.compile(r"</?\w+>")
 
@@ -298,18 +298,18 @@ class _Veil:
         White space around a placeholder is the content's if it was and the template left it: that shows by comparing
         with `again()`, which renders the contents without any. What is unclear stays with the template's text.
         """
-        own, numbers = _PLACEHOLDER.split(text)[::2], [_number(found) for found in _PLACEHOLDER.findall(text)]
-        if any(number >= len(self._hidden) for number in numbers):
+        own, found = _PLACEHOLDER.split(text)[::2], _PLACEHOLDER.findall(text)
+        if any(_number(one) >= len(self._hidden) for one in found):
             raise UserError("the model's chat template garbles what it is given")
-        hidden = [self._hidden[number] for number in numbers]
+        hidden = [self._hidden[_number(one)] for one in found]
         margins = [("", "")] * len(hidden)
         if any(one.before or one.after for one in hidden):
             bare = again()
-            if [_number(found) for found in _PLACEHOLDER.findall(bare)] == numbers:
+            if _PLACEHOLDER.findall(bare) == found:
                 own, margins = _margins(own, _PLACEHOLDER.split(bare)[::2], hidden)
-        for literal, one, (before, after) in zip(own, hidden, margins, strict=False):
+        for literal, place, one, (before, after) in zip(own, found, hidden, margins, strict=False):
             yield literal, None
-            yield before + one.text + after, one.message
+            yield before + _as_it_stands(one.text, place[0]) + after, one.message
         yield own[-1], None
 
     def _hide(self, text: str, message: int) -> str:
@@ -321,7 +321,7 @@ class _Veil:
 
     def _place(self, hidden: _Hidden) -> str:
         self._hidden.append(hidden)
-        return _OPEN + "".join(chr(_ZERO + int(digit)) for digit in str(len(self._hidden) - 1)) + _CLOSE
+        return OPEN + "".join(chr(_ZERO + int(digit)) for digit in str(len(self._hidden) - 1)) + _CLOSE
 
 
 @dataclass(frozen=True)
@@ -361,8 +361,14 @@ def _as_json(call: CallPart) -> dict[str, Any]:
     return about if call.id is None else {**about, "id": call.id}
 
 
-def _number(digits: str) -> int:
-    return int("".join(str(ord(digit) - _ZERO) for digit in digits))
+def _number(place: str) -> int:
+    """The number in a placeholder, after what opens it."""
+    return int("".join(str(ord(digit) - _ZERO) for digit in place[1:]))
+
+
+def _as_it_stands(text: str, opening: str) -> str:
+    """A content in the place of its placeholder, escaped if that is inside JSON."""
+    return text if opening == OPEN else json.dumps(text, ensure_ascii=opening == OPEN_IN_ASCII)[1:-1]
 
 
 def _joined(runs: Iterable[_Run]) -> tuple[int, ...]:

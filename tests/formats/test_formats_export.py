@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gguf_samples import MODELS, TEXTS, VOCAB, checkpoint
+from gguf_samples import MODELS, TEXTS, VOCAB, checkpoint, filled, published
 
+from fledge.config import to_json
 from fledge.errors import CheckpointError
-from fledge.formats.checkpoint import LoadedModel, load_blocks, load_model, save_model
+from fledge.formats.checkpoint import CheckpointInfo, LoadedModel, load_blocks, load_model, save_model
 from fledge.formats.export import export_gguf, export_huggingface
 from fledge.formats.gguf import read_gguf
 from fledge.formats.gguf_models import read_model
 from fledge.formats.gguf_tokenizer import read_tokenizer
 from fledge.formats.huggingface_tokenizer import read_tokenizer as read_huggingface_tokenizer
+from fledge.models.scalar import ScalarModel
 from fledge.text.published import adopt_published
+from fledge.text.template import TemplateRenderer
 from fledge.types import Conversation
 
 CHAT = Conversation.of(("user", "Empty?"), ("assistant", "12."), ("user", "天气\n?"))
@@ -100,6 +104,20 @@ def test_a_packed_checkpoint_that_lacks_a_part_is_refused(tmp_path: Path) -> Non
     path.write_text(json.dumps(described))
     with pytest.raises(CheckpointError, match="unknown format 'Q9'"):
         load_model(loaded.directory)
+
+
+@pytest.mark.parametrize("way", [export_huggingface, export_gguf])
+def test_a_model_that_speaks_no_words_is_refused_by_name(
+    way: Callable[[LoadedModel, Path], Any], tmp_path: Path
+) -> None:
+    judge = ScalarModel.from_trunk("llama", filled("llama"), generator=torch.Generator().manual_seed(0))
+    tokenizer, template = adopt_published(published(), VOCAB)
+    hashed = TemplateRenderer(tokenizer, template).hash
+    info = CheckpointInfo("scalar", to_json(judge.config), "reward", tokenizer.hash, hashed)
+    save_model(tmp_path / "judge", judge, tokenizer, info, template)
+    with pytest.raises(CheckpointError, match="this scalar"):
+        way(load_model(tmp_path / "judge"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fledge.errors import CheckpointError
 from fledge.formats.export import export_gguf
-from fledge.formats.gguf import GGUFFile, Outgoing, read_gguf, write_gguf
+from fledge.formats.gguf import INT32, GGUFFile, Outgoing, Typed, read_gguf, write_gguf
 from fledge.formats.gguf_models import read_model, settings_of, tensors_of
 from fledge.layers.attention import RowContext
 from fledge.models.gpt import GPT, GPTConfig
@@ -178,6 +178,20 @@ def test_a_tied_matrix_that_is_stored_twice_is_read_from_the_finer_one(tmp_path:
         ("llama", {"llama__attention__head_count": 0}, "must be there, as positive numbers"),
         ("llama", {"llama__attention__head_count_kv": [2, 6]}, "num_kv_heads"),
         ("llama", {"llama__attention__layer_norm_rms_epsilon": -1.0}, "must be positive"),
+        ("llama", {"llama__attention__layer_norm_rms_epsilon": float("nan")}, "expected a finite number"),
+        ("llama", {"llama__attention__layer_norm_rms_epsilon": None}, "no llama.attention.layer_norm_rms_epsilon"),
+        ("gpt", {"gpt2__attention__layer_norm_epsilon": None}, "no gpt2.attention.layer_norm_epsilon"),
+        ("llama", {"llama__context_length": None}, "no llama.context_length"),
+        ("llama", {"general__architecture": ["llama", "gpt2"]}, "general.architecture .* must be a str"),
+        ("llama", {"general__architecture": Typed(INT32, [1, 2])}, "general.architecture .* must be a str"),
+        ("llama", {"split__count": Typed(INT32, [1, 1])}, "split.count .* must be a int"),
+        ("llama", {"llama__vocab_size": Typed(INT32, [1, 1])}, "m.gguf: "),
+        ("llama", {"llama__expert_count": Typed(INT32, [0, 0])}, "m.gguf: "),
+        ("llama", {"llama__feed_forward_length": Typed(10, 2**64 - 1)}, "m.gguf: "),
+        ("llama", {"llama__feed_forward_length": Typed(10, 2**61)}, "m.gguf: "),
+        ("llama", {"llama__rope__freq_base": 0.0}, "must be positive"),
+        ("llama-tied-stretched", {"llama__rope__freq_base": 0.0}, "m.gguf: "),
+        ("llama-tied-stretched", {"llama__rope__freq_base": "x"}, "m.gguf: "),
         ("gpt", {"gpt2__feed_forward_length": 100}, "feed_forward_length is not supported: known is 384"),
         ("qwen-3-tied", {"qwen3__attention__value_length": 16}, "value_length is not supported"),
     ],
@@ -190,7 +204,7 @@ def test_settings_that_we_do_not_compute_are_refused_by_name(
 
 
 def test_a_shape_of_a_terabyte_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="block_count 1000000 is more than"):
+    with pytest.raises(CheckpointError, match="1000000 layers, where there are"):
         read_model(read_gguf(write(tmp_path / "m.gguf", "llama", llama__block_count=1_000_000)))
     with pytest.raises(CheckpointError, match="the settings make it"):
         read_model(read_gguf(write(tmp_path / "n.gguf", "llama", llama__feed_forward_length=2**31)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from gguf_samples import TEXTS, VOCAB, num_ids, published
 from tokenizers import pre_tokenizers
 
 from fledge.errors import CheckpointError, TokenizerError
-from fledge.formats.gguf import INT32, Typed, read_gguf, write_gguf
+from fledge.formats.gguf import FLOAT32, INT32, Typed, read_gguf, write_gguf
 from fledge.formats.gguf_tokenizer import RULES, read_tokenizer, tokenizer_metadata
 from fledge.text.published import PublishedTokenizer, adopt_published
 from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
@@ -143,6 +144,10 @@ def test_rules_have_names_of_their_own() -> None:
         ({"merges": ["a b c"]}, "is no pair"),
         ({"token_type": Typed(INT32, [1, 2])}, "a number for each"),
         ({"token_type": "x"}, "a number for each"),
+        ({"token_type": Typed(FLOAT32, [math.nan] * VOCAB)}, "a number for each"),
+        ({"tokens": Typed(INT32, [1, 2])}, "tokens .* must be a list"),
+        ({"pre": Typed(INT32, [1, 2])}, "pre .* must be a str"),
+        ({"eos_token_id": Typed(INT32, [1, 2])}, "eos_token_id .* must be a int"),
         ({"eos_token_id": 99_999}, "eos_token_id 99999 is outside"),
         ({"eos_token_id": True}, "eos_token_id True must be a int"),
         ({"add_bos_token": 1}, "add_bos_token 1 must be a bool"),
@@ -151,6 +156,30 @@ def test_rules_have_names_of_their_own() -> None:
 def test_what_cannot_be_used_is_refused_by_name(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=complaint):
         through(tmp_path / "t.gguf", published(), **changes)
+
+
+@pytest.mark.parametrize("template", [7, ["a"], Typed(INT32, [1, 2]), True])
+def test_a_template_that_is_no_text_is_refused(template: Any, tmp_path: Path) -> None:
+    metadata, _ = tokenizer_metadata(published(), VOCAB)
+    write_gguf(tmp_path / "t.gguf", {**metadata, "tokenizer.chat_template": template}, [])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.chat_template .* must be a str"):
+        read_tokenizer(read_gguf(tmp_path / "t.gguf"))
+
+
+def test_a_vocabulary_without_merges_comes_back(tmp_path: Path) -> None:
+    bytes_only = json.loads(published().data)
+    bytes_only["model"]["merges"] = []
+    found = through(tmp_path / "t.gguf", replace(published(), data=json.dumps(bytes_only).encode()))
+    assert json.loads(found.data)["model"]["merges"] == []
+
+
+def test_an_end_that_is_a_token_of_ordinary_text_is_none(tmp_path: Path) -> None:
+    """The default of a config class, left where it was by whoever trained another vocabulary."""
+    letter = json.loads(published().data)["model"]["vocab"]["a"]
+    found = through(tmp_path / "t.gguf", published(), eos_token_id=letter, eot_token_id=2, bos_token_id=letter)
+    assert (found.bos, found.ends) == (None, ("<|im_end|>",))
+    tokenizer, _ = adopt_published(found, VOCAB)
+    assert tokenizer.decode(tokenizer.encode("a bird")) == "a bird"
 
 
 def test_a_tokenizer_beyond_the_rows_of_the_model_is_not_written() -> None:

@@ -45,6 +45,21 @@ def test_generation_also_ends_at_what_the_model_s_settings_name(directory: Path)
     assert read_tokenizer(directory).ends == ("<|im_end|>", "<|endoftext|>")
 
 
+def test_an_end_that_is_a_token_of_ordinary_text_is_none(directory: Path) -> None:
+    """The default of a config class, left where it was by whoever trained another vocabulary."""
+    letter = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]["a"]
+    write(directory / "config.json", {"eos_token_id": letter})
+    assert read_tokenizer(directory).ends == ("<|im_end|>",)
+
+
+def test_special_tokens_that_are_named_apart_as_they_once_were(directory: Path) -> None:
+    named = {"bos_token": "<|im_end|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<unused>"}
+    write(directory / "special_tokens_map.json", named)
+    write(directory / "tokenizer_config.json", {"bos_token": "<|im_start|>"})
+    found = read_tokenizer(directory)
+    assert (found.bos, found.ends, found.pad) == ("<|im_start|>", ("<|im_end|>",), "<unused>")
+
+
 def test_a_tokenizer_alone_is_enough(directory: Path) -> None:
     (directory / "tokenizer_config.json").unlink()
     found = read_tokenizer(directory)
@@ -76,6 +91,9 @@ def test_a_text_begins_with_bos_where_the_setting_or_the_post_processor_says_so(
     [
         ("tokenizer.json", "{", "tokenizer.json: not a tokenizer.json"),
         ("tokenizer.json", '{"model": [], "added_tokens": []}', "tokenizer.json: not a tokenizer.json"),
+        ("tokenizer.json", "[" * 200_000, "tokenizer.json: not a tokenizer.json"),
+        ("tokenizer_config.json", "[" * 200_000, "tokenizer_config.json: cannot be read"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: expected a JSON object"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
         ("generation_config.json", "{", "generation_config.json: cannot be read"),
     ],

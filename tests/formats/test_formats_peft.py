@@ -92,6 +92,99 @@ def test_an_adapter_of_theirs_gives_their_logits(both: tuple[str, Any, Any], tmp
     assert not torch.allclose(found, logits(ours, tokens_BT), atol=0.1)
 
 
+def made_by_peft(theirs: Any, directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """Their model with a random adapter, which is saved as they save it."""
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0.0, 0.3, generator=generator)
+                parameter.copy_(parameter.to(dtype))
+    adapted.save_pretrained(directory)
+    path = directory / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    return adapted
+
+
+STRANGE: dict[str, dict[str, Any]] = {
+    "modules by a pattern": {"target_modules": r".*layers\.1\..*(q|up)_proj", "r": 3},
+    "every linear layer": {"target_modules": "all-linear", "r": 2, "lora_alpha": 3},
+    "ranks and alphas by patterns": {
+        "target_modules": ["q_proj", "k_proj", "down_proj"], "r": 2, "lora_alpha": 5,
+        "rank_pattern": {r"layers\.(0|1)\.self_attn\.q_proj": 4, "^model.layers.0.mlp.down_proj": 6},
+        "alpha_pattern": {"layers.1.self_attn.k_proj": 9, "^model.layers.0.mlp.down_proj": 1.5},
+    },
+    "one layer": {"target_modules": ["v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "orthogonal from the start": {"target_modules": ["o_proj"], "r": 4, "init_lora_weights": "orthogonal"},
+    "rank-stabilised, dropped out": {"target_modules": ["gate_proj"], "use_rslora": True, "lora_dropout": 0.3},
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Any, Any]:
+    ours = filled(OURS["llama"], 3)
+    save_huggingface("llama", ours, tmp_path / "base")
+    return ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+
+
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adapters_of_every_make_give_the_logits_of_peft(
+    llama: tuple[Any, Any], name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    ours, theirs = llama
+    adapted = made_by_peft(theirs, tmp_path / "adapter", dtype, **STRANGE[name])
+    with torch.no_grad():
+        expected = adapted(some_tokens(ours)).logits
+    found = logits(ours, some_tokens(ours), load_adapter(tmp_path / "adapter", ours))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, logits(ours, some_tokens(ours)), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen"])  # the second's head is its embedding
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_of_the_head_comes_with_the_head_and_is_read(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    ours = filled(OURS[family], 3)
+    save_huggingface(family, ours, tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    adapted = made_by_peft(theirs, tmp_path / "adapter", dtype, target_modules=["lm_head", "q_proj"], r=3)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    copies = {name: tensor for name, tensor in load_file(path).items() if "lora_" not in name}
+    assert copies
+    with torch.no_grad():
+        expected = adapted(some_tokens(ours)).logits
+    found = logits(ours, some_tokens(ours), load_adapter(tmp_path / "adapter", ours))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    save_file(load_file(path) | {name: tensor + 1 for name, tensor in copies.items()}, path)
+    with pytest.raises(CheckpointError, match=r"(lm_head|embed_tokens).*weight' is not the model's own weight"):
+        load_adapter(tmp_path / "adapter", ours)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\] is not supported"),
+        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices \[1, 2\] is not supported"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+    ],
+)
+def test_what_peft_itself_makes_beyond_plain_lora_is_refused_by_name(
+    llama: tuple[Any, Any], settings: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    ours, theirs = llama
+    made_by_peft(theirs, tmp_path / "adapter", target_modules=["q_proj"], **settings)
+    with pytest.raises(CheckpointError, match=complaint):
+        load_adapter(tmp_path / "adapter", ours)
+
+
 def our_adapter(model: Any, ends: tuple[str, ...], config: LoraConfig) -> Adapter:
     generator = torch.Generator().manual_seed(7)
     pairs = {}
@@ -138,13 +231,20 @@ def test_what_we_write_names_all_of_a_kind_by_their_end(directory: Path) -> None
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
         ({"use_dora": True}, "use_dora True is not supported"),
         ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"lora_bias": True}, "lora_bias True is not supported"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"layer_replication": [[0, 4]]}, "layer_replication"),
         ({"something_new": 3}, "something_new 3 is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"lora_alpha": "much"}, "lora_alpha 'much' must be"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan must be"),
+        ({"lora_alpha": 10**400}, "lora_alpha 10+ must be"),
+        ({"r": 2.5}, "r 2.5 must be a int"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern gives 'q_proj' 'much'"),
+        ({"alpha_pattern": {"q_proj": [1]}}, "alpha_pattern gives"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern gives"),
+        ({"alpha_pattern": [1]}, "alpha_pattern .* must be a dict"),
     ],
 )
 def test_a_setting_that_we_do_not_compute_is_refused_by_name(
@@ -170,6 +270,8 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda t: t.update({KEY.replace("q_proj", "z_proj"): torch.zeros(2, 48)}), "z_proj"),
         (lambda t: t.update({KEY.replace("layers.0", "layers.7"): torch.zeros(2, 48)}), "layers.7"),
         (lambda t: t.update({"base_model.model.lora_embedding_A": torch.zeros(2)}), "lora_embedding_A"),
+        (lambda t: t.update({KEY.removeprefix("base_model.model."): torch.zeros(2, 48)}), "no part of a LoRA pair"),
+        (lambda t: t.update({"base_model.model.model.norm.weight": torch.zeros(48)}), "not the model's own weight"),
         (lambda t: t.clear(), "no adapter"),
     ],
 )
@@ -187,6 +289,13 @@ def test_tensors_that_do_not_belong_are_refused_by_name(
 def test_a_pickled_adapter_is_not_read(directory: Path) -> None:
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="is a pickle"):
+        load_adapter(directory, OURS["llama"])
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", "{", "null"])
+def test_settings_that_are_none_are_refused(text: str, directory: Path) -> None:
+    (directory / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: (cannot be read|expected a JSON object)"):
         load_adapter(directory, OURS["llama"])
 
 

@@ -54,7 +54,7 @@ def test_a_model_is_fetched_whole_and_only_once(tmp_path: Path) -> None:
     assert hub.asked[0].full_url.endswith("/org/bird/resolve/main/config.json")
     before = len(hub.asked)
     assert fetch(hub, tmp_path) == folder
-    optional = {"generation_config.json", "chat_template.jinja"}
+    optional = {"generation_config.json", "special_tokens_map.json", "chat_template.jinja"}
     assert {request.full_url.rpartition("/")[2] for request in hub.asked[before:]} == optional
 
 
@@ -71,6 +71,14 @@ def test_a_model_in_shards_is_fetched_by_its_index(tmp_path: Path) -> None:
     del files["model.safetensors"]
     folder = fetch(Hub(files), tmp_path)
     assert {path.name for path in folder.iterdir()} == set(files)
+
+
+@pytest.mark.parametrize("index", [b"[" * 200_000, b"{", b"[]", b'{"weight_map": 3}'])
+def test_an_index_that_is_none_is_damaged(index: bytes, tmp_path: Path) -> None:
+    files = {**FILES, "model.safetensors.index.json": index}
+    del files["model.safetensors"]
+    with pytest.raises(UserError, match=r"index\.json: damaged"):
+        fetch(Hub(files), tmp_path)
 
 
 @pytest.mark.parametrize("place", ["../a.safetensors", "/a.safetensors", "a.bin", 7])

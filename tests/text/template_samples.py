@@ -12,9 +12,19 @@ from fledge.text.published import PublishedTokenizer
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eot_id|>", "<s>", "</s>", "[INST]", "[/INST]", "<|spare|>",
+    "<|eot_id|>", "<s>", "</s>", "[INST]", "[/INST]", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
+    "<start_of_turn>", "<end_of_turn>", "<|spare|>",
 )  # fmt: skip
-PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+PLAIN = (
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
 TEXTS = (
     "The bird is in the nest. What is the weather in Paris? It's 12 degrees, sunny, and it rains.\n",
     'system user assistant tool You are a helpful bird. # Tools {"name": "get_weather", "arguments": {}}\n\n',
@@ -96,6 +106,66 @@ QWEN3 = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 
+# The tokens of the roles are put together.
+PHI = """\
+{% for message in messages %}{{ '<|' + message['role'] + '|>' + '
+' + message['content'] + '<|end|>' + '
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>
+' }}{% else %}{{ eos_token }}{% endif %}"""
+
+GEMMA = """\
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('There is no role for a system here') }}\
+{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Roles must alternate: user, assistant, user, ...') }}{% endif %}\
+{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}\
+{{ '<start_of_turn>' + role + '
+' + message['content'] | trim + '<end_of_turn>
+' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model
+'}}{% endif %}"""
+
+# The tokens of the roles are no special ones for their makers.
+DEEPSEEK = """\
+{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\
+{% set ns = namespace(system='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}\
+{% set ns.system = message['content'] %}{%- endif %}{%- endfor %}{{bos_token}}{{ns.system}}\
+{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<｜User｜>' + message['content']}}{%- endif %}\
+{%- if message['role'] == 'assistant' and message['content'] is not none %}{% set content = message['content'] %}\
+{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}\
+{{'<｜Assistant｜>' + content + eos_token}}{%- endif %}{%- endfor %}\
+{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}"""
+
+# Results of tools become JSON strings.
+LLAMA31 = """\
+{{- bos_token }}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
+{%- if tools is not none %}{{- 'Environment: ipython\\n' }}{%- endif %}
+{{- system + '<|eot_id|>' }}
+{%- if tools is not none %}
+    {%- for tool in tools %}{{- tool | tojson(indent=4) + '\\n\\n' }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' or message.role == 'ipython' %}
+        {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}
+        {%- if message.content is mapping or message.content is iterable %}
+            {{- message.content | tojson }}
+        {%- else %}{{- message.content }}{%- endif %}
+        {{- '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls | length == 1 %}{{- raise_exception('One call at a time!') }}{%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
+        {{- call.arguments | tojson + '}<|eot_id|>' }}
+    {%- else %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
+"""
 
 # Llama 3's rule for words: line breaks stay together whatever follows them, where GPT-2's leaves the last one out.
 WORDS = (
@@ -130,4 +200,8 @@ STYLES = {
     "mistral": PublishedTokenizer(layout(), "<s>", ("</s>",), None, True, MISTRAL),
     "qwen2.5": PublishedTokenizer(layout(), None, ("<|im_end|>", "<|endoftext|>"), "<|endoftext|>", False, QWEN25),
     "qwen3": PublishedTokenizer(layout(), None, ("<|im_end|>",), "<|endoftext|>", False, QWEN3),
+    "llama3.1": PublishedTokenizer(layout(), "<|begin_of_text|>", ("<|eot_id|>",), None, True, LLAMA31),
+    "phi": PublishedTokenizer(layout(), "<s>", ("<|endoftext|>", "<|end|>"), "<|endoftext|>", False, PHI),
+    "gemma": PublishedTokenizer(layout(), "<s>", ("</s>", "<end_of_turn>"), None, True, GEMMA),
+    "deepseek": PublishedTokenizer(layout(), "<s>", ("</s>",), "</s>", True, DEEPSEEK),
 }

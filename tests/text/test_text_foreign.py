@@ -152,6 +152,52 @@ def test_other_files_are_not_taken_for_gpt2s(vocab: bytes, merges: bytes) -> Non
         gpt2_layout(vocab, merges)
 
 
+def harmed(**changes: Any) -> bytes:
+    read = json.loads(foreign("<|endoftext|>", "<|pad|>"))
+    for path, value in changes.items():
+        *way, last = path.split("__")
+        inner = read
+        for step in way:
+            inner = inner[int(step) if step.isdigit() else step]
+        inner[last] = value
+    return json.dumps(read).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 200_000,
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        harmed(model=None),
+        harmed(model__vocab=None),
+        harmed(model__vocab=7),
+        harmed(model__vocab={"a": "0"}),
+        harmed(model__vocab={"a": [0]}),
+        harmed(model__vocab={"a": 0.5}),
+        harmed(model__vocab={"a": True}),
+        harmed(model__merges=[["a"]]),
+        harmed(model__merges=[7]),
+        harmed(model__merges=[["a", ["b"]]]),
+        harmed(added_tokens={"id": 0}),
+        harmed(added_tokens=[7]),
+        harmed(added_tokens__0__id="0"),
+        harmed(added_tokens__0__id=[0]),
+        harmed(added_tokens__0__content=None),
+        harmed(added_tokens__0__special="yes"),
+        harmed(pre_tokenizer={"type": "Sequence", "pretokenizers": 7}),
+        harmed(pre_tokenizer={"pretokenizers": [{}]}),
+        harmed(pre_tokenizer=[1, 2]),
+        harmed(pre_tokenizer={"type": ["ByteLevel"]}),
+        harmed(normalizer={"type": "Sequence", "normalizers": [7, None]}, pre_tokenizer=None),
+    ],
+)
+def test_a_damaged_file_is_refused_and_nothing_else(data: bytes) -> None:
+    with pytest.raises(TokenizerError):
+        Tokenizer(data)
+
+
 def test_our_own_file_needs_no_adoption() -> None:
     trained().encode("hi")
     with pytest.raises(TokenizerError, match="of its own"):

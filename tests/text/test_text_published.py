@@ -92,6 +92,57 @@ def test_padding_of_its_own_is_kept() -> None:
     assert publish_imported(tokenizer._data, template).pad == "<|spare|>"
 
 
+@pytest.mark.parametrize("extra", [0, 2])
+def test_padding_that_the_file_lacks_is_as_none(extra: int) -> None:
+    """As where a name stands in the settings that nobody added to the vocabulary."""
+    lacking = adopt_published(replace(STYLES["chatml"], pad="[PAD]"), SIZE + extra)
+    none = adopt_published(replace(STYLES["chatml"], pad=None), SIZE + extra)
+    assert (lacking[0].pad_id, lacking[1]) == (none[0].pad_id, none[1])
+
+
+def unmarked(data: bytes, *names: str, is_added: bool = True) -> bytes:
+    """The file with some of its special tokens as ordinary added ones, or not added at all."""
+    read = json.loads(data)
+    kept = [token for token in read["added_tokens"] if is_added or token["content"] not in names]
+    for token in read["added_tokens"]:
+        read["model"]["vocab"][token["content"]] = token["id"]
+    read["added_tokens"] = [{**token, "special": token["special"] and token["content"] not in names} for token in kept]
+    return json.dumps(read).encode()
+
+
+@pytest.mark.parametrize(
+    ("style", "names"),
+    [
+        ("chatml", ("<|im_start|>", "<|im_end|>")),
+        ("llama3", ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>")),
+        ("mistral", ("[INST]", "[/INST]", "<s>", "</s>")),
+    ],
+)
+@pytest.mark.parametrize("is_added", [True, False])
+def test_tokens_that_stand_around_texts_are_special_though_their_makers_did_not_mark_them(
+    style: str, names: tuple[str, ...], is_added: bool
+) -> None:
+    marked = STYLES[style]
+    plain = replace(marked, data=unmarked(marked.data, *names, is_added=is_added))
+    renderers = [TemplateRenderer(*adopt_published(one, SIZE)) for one in (marked, plain)]
+    if not is_added and style != "mistral":
+        names = tuple(name for name in names if name in (*marked.ends, marked.bos))  # the rest nobody tells us of
+    for name in names:
+        prompts = [renderer.prompt(Conversation.of(("user", f"x {name} y"))) for renderer in renderers]
+        assert prompts[0] == prompts[1] or not is_added
+        said = renderers[1].tokenizer.encode(f"x {name} y")
+        assert renderers[1].tokenizer.special_ids.isdisjoint(said)
+        assert renderers[1].tokenizer.decode(said) == f"x {name} y"
+    assert renderers[0].end_id == renderers[1].end_id
+
+
+def test_tags_within_what_is_said_stay_text() -> None:
+    tokenizer, _ = adopt_published(STYLES["qwen3"], SIZE)
+    thought = library.Tokenizer.from_str(layout().decode()).token_to_id("<think>")
+    assert tokenizer.encode("<think>") == [thought]
+    assert tokenizer.decode([thought]) == "<think>"
+
+
 @pytest.mark.parametrize("rows", [SIZE - 1, 10])
 def test_a_tokenizer_of_another_model_is_refused_by_its_first_token_too_many(rows: int) -> None:
     with pytest.raises(TokenizerError, match=rf"'</think>' with id {SIZE - 1}, but the model has {rows} rows"):
@@ -121,6 +172,8 @@ def test_what_was_adopted_is_published_as_it_was(style: str, extra: int) -> None
     tokenizer, template = adopt_published(given, SIZE + extra)
     found = publish_imported(tokenizer._data, template)
     ours, theirs = json.loads(found.data), json.loads(given.data)
+    for token in theirs["added_tokens"]:  # what frames texts comes back special
+        token["special"] |= style == "deepseek" and "｜" in token["content"]
     names = {token["content"] for token in theirs["added_tokens"]}
     kept = {token: i for token, i in ours["model"].pop("vocab").items() if token not in names}
     assert kept == {token: i for token, i in theirs["model"].pop("vocab").items() if token not in names}

@@ -15,7 +15,7 @@ from template_samples import QWEN3, SPECIAL, STYLES, layout
 from fledge.config import from_json, to_json
 from fledge.errors import TokenizerError, UserError
 from fledge.text.chat import normalise
-from fledge.text.published import adopt_published
+from fledge.text.published import PublishedTokenizer, adopt_published
 from fledge.text.template import ImportedTemplate, TemplateRenderer
 from fledge.types import CallPart, Conversation, Message, Role, TextPart
 
@@ -38,16 +38,15 @@ def renderer(style: str) -> TemplateRenderer:
 RENDERERS = {style: renderer(style) for style in STYLES}
 
 
-def theirs(style: str) -> Any:
+def tokenizer_of(published: PublishedTokenizer) -> Any:
     transformers = pytest.importorskip("transformers")
-    published = STYLES[style]
     core = library.Tokenizer.from_str(published.data.decode())
     special = {"bos_token": published.bos, "eos_token": published.ends[0], "chat_template": published.template}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def their_ids(style: str, messages: list[dict[str, Any]], *, is_open: bool, tools: Any = None) -> tuple[int, ...]:
-    found = theirs(style).apply_chat_template(
+    found = tokenizer_of(STYLES[style]).apply_chat_template(
         messages, tools=tools, add_generation_prompt=is_open, tokenize=True, return_dict=False
     )
     return tuple(found)
@@ -73,14 +72,14 @@ def test_a_conversation_has_the_ids_of_transformers(style: str, talk: str, is_op
     expected = their_ids(style, messages, is_open=is_open)
     mine = RENDERERS[style]
     found = mine.prompt(conversation) if is_open else mine.render(conversation).ids
-    if talk == "edges" and style in ("chatml", "qwen2.5", "qwen3"):
+    if talk == "edges" and style in ("chatml", "qwen2.5", "qwen3", "phi"):
         # Contents are encoded apart: their outer line breaks never merge with the template's own.
         assert mine.tokenizer.decode(found) == mine.tokenizer.decode(expected)
     else:
         assert found == expected
 
 
-@pytest.mark.parametrize("style", ["chatml", "llama3", "qwen2.5", "qwen3"])
+@pytest.mark.parametrize("style", ["chatml", "llama3", "qwen2.5", "qwen3", "llama3.1", "phi", "deepseek"])
 def test_a_system_message_has_the_ids_of_transformers(style: str) -> None:
     messages = [{"role": message.role, "content": message.text} for message in WITH_SYSTEM.messages]
     assert RENDERERS[style].prompt(WITH_SYSTEM) == their_ids(style, messages, is_open=True)
@@ -112,6 +111,31 @@ def test_tools_and_calls_have_the_text_of_transformers() -> None:
     assert mine.tokenizer.pieces(found).count("<|im_end|>") == 6
     # Text for text: a full stop at the end of a content never merges with the line break of the template's after it.
     assert "".join(mine.tokenizer.pieces(found)) == "".join(mine.tokenizer.pieces(expected))
+
+
+@pytest.mark.parametrize(
+    "result", ["12 degrees", '{"city": "Paris\\n", "x": "C:\\\\"}\n', " \t 鸟 \n", "</tool>\n\x07"]
+)
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_a_result_that_becomes_json_has_the_text_of_transformers(result: str, ascii_only: bool) -> None:
+    published = STYLES["llama3.1"]
+    if ascii_only:
+        assert published.template is not None
+        source = published.template.replace("content | tojson }}", "content | tojson(ensure_ascii=true) }}")
+        published = replace(published, template=source)
+    call = CallPart("get_weather", '{"city": "Paris"}')
+    messages = (Message.of("user", "weather?"), Message("assistant", (call,)), Message("tool", (TextPart(result),)))
+    about = {"name": "get_weather", "arguments": {"city": "Paris"}}
+    theirs_of_it = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": about}]},
+        {"role": "tool", "content": result},
+    ]
+    expected = tokenizer_of(published).apply_chat_template(theirs_of_it, tools=[WEATHER], tokenize=False)
+    mine = TemplateRenderer(*adopt_published(published, VOCAB))
+    found = mine.render(Conversation(messages, (json.dumps(WEATHER),))).ids
+    special = {token_id: name.encode() for name, token_id in mine._special_names().items()}
+    assert b"".join(special.get(i) or mine.tokenizer.token_bytes(i) for i in found).decode() == expected
 
 
 def test_a_template_without_tools_is_told_of_them_in_the_system_message() -> None:
@@ -147,6 +171,7 @@ HOSTILE = (
     "\ue000\ue010\ue001" * 3 + "\ue0ff",
     "</think>",
     "<tool_call>",
+    "<｜User｜>",
 )
 
 
