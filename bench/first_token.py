@@ -1,6 +1,6 @@
 """The first token of a 200-token prompt while 16 streams run: over HTTP, and from the same engine without it.
 
-    python bench/first_token.py [--streams 16] [--prompt 200] [--rounds 20] [--threads 1]
+    python bench/first_token.py [--streams 16] [--prompt 200] [--rounds 20] [--threads 2]
 
 A model of 14 million parameters with random weights answers in the engine's own process. The app listens on a socket
 in this process and is asked over it; the engine is then asked directly, under the same streams. The two take turns, so
@@ -35,6 +35,7 @@ from fledge.store.keys import KeyRequest, create_key
 from fledge.types import Request, SamplingParams
 
 PORT = 8790
+NUM_BYTES = 256  # every byte-level tokenizer has at least so many tokens
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1, help="of the engine (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of the engine (default: as many as torch takes)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(measure(Path(folder), args))
@@ -69,12 +70,12 @@ async def measure(folder: Path, args: argparse.Namespace) -> None:
 
 
 @asynccontextmanager
-async def serving(folder: Path, threads: int) -> AsyncIterator[tuple[ServedModel, str]]:
+async def serving(folder: Path, threads: int | None) -> AsyncIterator[tuple[ServedModel, str]]:
     write_checkpoint(folder / "model")
     database = Database(sqlite_url(folder / "fledge.db"))
     await database.open()
     key, _ = await create_key(database, KeyRequest("bench"))
-    loader = ProcessLoader({"cache_bytes": 64 << 20}, num_threads=threads)
+    loader = ProcessLoader(num_threads=threads)
     own = [ModelEntry("bench", 0, "fledge", path=folder / "model")]
     state = make_state(ServerConfig(drain_seconds=1), database, Blobs(folder / "blobs"), loader, own)
     listener = uvicorn.Server(uvicorn.Config(make_app(state), port=PORT, log_config=None, access_log=False))
@@ -90,13 +91,13 @@ async def serving(folder: Path, threads: int) -> AsyncIterator[tuple[ServedModel
 
 def prompt(seed: int, length: int) -> list[int]:
     """One that no other request begins like, so that the prefix cache does not help."""
-    return torch.randint(10, 290, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(10, NUM_BYTES, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 async def keep_running(model: ServedModel, number: int) -> None:
     """One stream after another."""
     while True:
-        params = SamplingParams(max_tokens=1000, temperature=1.0, seed=number)
+        params = SamplingParams(max_tokens=700 + 37 * number, temperature=1.0, seed=number)  # not all end at once
         request = Request(uuid.uuid4().hex, tuple(prompt(number + 50_000, 32)), params, tenant="load")
         async for _ in model.engine.submit(request):
             pass
