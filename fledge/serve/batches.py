@@ -14,12 +14,11 @@ from starlette.responses import Response
 
 from fledge.serve.auth import Principal, needs
 from fledge.serve.errors import not_found, refused
-from fledge.serve.files import MAX_SECONDS, MIN_SECONDS
+from fledge.serve.files import MAX_SECONDS, MIN_SECONDS, require_file
 from fledge.serve.sse import json_response
 from fledge.serve.state import State, state_of
 from fledge.serve.wire import After, Answer, FieldRule, Limit, Metadata, Wire, list_answer, obey
 from fledge.store import batches as stored
-from fledge.store.files import find_file
 from fledge.store.pages import Cursor, new_id, now
 from fledge.store.tables import BatchRow
 
@@ -113,7 +112,7 @@ async def create(request: Request, body: BatchRequest, principal: Owner) -> Resp
     state = state_of(request)
     if body.endpoint not in ENDPOINTS:
         raise refused(f"the endpoint of a batch is one of {', '.join(ENDPOINTS)}", "endpoint", "invalid_endpoint")
-    await _require_file(state, principal, body.input_file_id)
+    await require_file(state, principal, body.input_file_id, "input_file_id", "batch")
     extra: dict[str, Any] = {"key_id": principal.key_id}
     if body.output_expires_after is not None:
         extra["expires_after"] = body.output_expires_after.seconds
@@ -158,17 +157,6 @@ async def cancel(request: Request, batch_id: str, principal: Owner) -> Response:
         if row.status not in stored.OPEN:
             raise refused(f"The batch is {row.status} already", "batch_id", "invalid_batch_status")
     return json_response(show(row))
-
-
-async def _require_file(state: State, principal: Principal, file_id: str) -> None:
-    row = await find_file(state.database, principal.owner, file_id) if "\0" not in file_id else None
-    if row is None:
-        found = not_found("file", file_id)
-        found.param = "input_file_id"
-        raise found
-    if row.purpose != "batch":
-        message = f"The file '{file_id}' was uploaded for '{row.purpose}'; upload it with purpose 'batch'"
-        raise refused(message, "input_file_id", "invalid_file_purpose")
 
 
 async def _find(state: State, principal: Principal, batch_id: str) -> BatchRow:

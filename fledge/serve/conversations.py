@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
@@ -18,15 +18,14 @@ from fledge.serve.responses_input import as_items
 from fledge.serve.responses_wire import InputItem
 from fledge.serve.sse import json_response
 from fledge.serve.state import State, state_of
-from fledge.serve.wire import After, Answer, Deleted, FieldRule, Limit, Metadata, Wire, list_answer
+from fledge.serve.wire import Answer, Deleted, FieldRule, Include, Metadata, NewestFirst, Wire, list_answer
 from fledge.store import conversations as stored
-from fledge.store.pages import Cursor, Order, new_id, now
+from fledge.store.pages import new_id, now
 from fledge.store.tables import ConversationRow
 
 router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
 
 User = Annotated[Principal, Depends(needs("generate"))]
-Include = Annotated[list[str] | None, Query(max_length=16)]
 Items = Annotated[list[InputItem], Field(max_length=20)]  # as published
 
 
@@ -112,17 +111,11 @@ async def add_items(
 
 @router.get("/{conversation_id}/items", responses={200: {"model": ItemList}})
 async def list_items(
-    request: Request,
-    conversation_id: str,
-    principal: User,
-    limit: Limit = 20,
-    order: Order = "desc",
-    after: After = None,
-    include: Include = None,
+    request: Request, conversation_id: str, principal: User, cursor: NewestFirst, include: Include = None
 ) -> Response:
     state = state_of(request)
     row = await _find(state, principal, conversation_id)
-    page = await stored.list_items(state.database, row.id, Cursor(limit, order, after))
+    page = await stored.list_items(state.database, row.id, cursor)
     return json_response(list_answer([one.body for one in page.rows], page.has_more))
 
 

@@ -17,7 +17,7 @@ from fledge.serve.auth import Principal, needs
 from fledge.serve.completions_wire import TextsOrTokens, as_prompts
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import refused
-from fledge.serve.sse import json_response
+from fledge.serve.sse import awaited, json_response
 from fledge.serve.state import State, state_of
 from fledge.serve.usage import Usage
 from fledge.serve.wire import Answer, FieldRule, Name, Wire, obey
@@ -59,14 +59,7 @@ async def create(
     request.state.notes.update(obey(EMBEDDING_FIELDS, body))
     state = state_of(request)
     job = await state.jobs.start(principal.owner, "embedding", lambda _: _embed(state, principal, body, request))
-    try:
-        assert job.task is not None
-        await asyncio.wait((job.task,))
-    finally:
-        job.leave()
-    if job.error is not None:
-        raise job.error
-    return json_response(job.result)
+    return json_response(await awaited(job, request))
 
 
 async def _embed(state: State, principal: Principal, body: EmbeddingRequest, request: Request) -> dict[str, Any]:

@@ -63,9 +63,10 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def not_found(what: str, name: str) -> ApiError:
+def not_found(what: str, name: str, param: str | None = None) -> ApiError:
     """404, the same for what is not there and what is somebody else's."""
-    return ApiError(404, f"No such {what}: '{name[:200]}'", kind="invalid_request_error", code="not_found")
+    message = f"No such {what}: '{name[:200]}'"
+    return ApiError(404, message, param=param, kind="invalid_request_error", code="not_found")
 
 
 def api_error(error: BaseException) -> ApiError:

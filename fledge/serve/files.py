@@ -122,6 +122,16 @@ async def content(request: Request, file_id: str, principal: Owner) -> Response:
     return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
 
+async def require_file(state: State, principal: Principal, file_id: str, field: str, purpose: str) -> None:
+    """A request names a file in `field`: 404 if there is none, 400 if it was uploaded for something else."""
+    row = await stored.find_file(state.database, principal.owner, file_id)
+    if row is None:
+        raise not_found("file", file_id, field)
+    if row.purpose != purpose:
+        message = f"The file '{file_id}' was uploaded for '{row.purpose}'; upload it with purpose '{purpose}'"
+        raise refused(message, field, "invalid_file_purpose")
+
+
 async def _find(state: State, principal: Principal, file_id: str) -> FileRow:
     row = await stored.find_file(state.database, principal.owner, file_id)
     if row is None:

@@ -44,7 +44,7 @@ from fledge.serve.state import State, state_of
 from fledge.serve.wire import obey
 from fledge.store.conversations import add_items
 from fledge.store.pages import new_id, now
-from fledge.store.responses import add_response, update_response
+from fledge.store.responses import add_response, delete_response, update_response
 from fledge.store.tables import ResponseRow
 from fledge.types import Request as EngineRequest
 from fledge.types import TokenEvent
@@ -65,7 +65,11 @@ async def create(request: Request, body: ResponseRequest, principal: User, is_ke
     is_kept = is_kept or bool(body.background)
     if is_kept:
         await answer.store("queued" if body.background else "in_progress")
-    job = await state.jobs.start(principal.owner, "response", answer.run, is_kept=is_kept, job_id=answer.id)
+    try:
+        job = await state.jobs.start(principal.owner, "response", answer.run, is_kept=is_kept, job_id=answer.id)
+    except BaseException:
+        await answer.drop()
+        raise
     if body.stream:
         return await streamed(job, is_named=True)
     if body.background:
@@ -219,6 +223,11 @@ class Answering:
         )
         await add_response(self.state.database, row)
         self.is_stored = True
+
+    async def drop(self) -> None:
+        """It could not even be begun."""
+        if self.is_stored:
+            await delete_response(self.state.database, self.principal.owner, self.id)
 
     async def _keep(self, body: dict[str, Any]) -> None:
         if self.is_stored:

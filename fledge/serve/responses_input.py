@@ -121,18 +121,14 @@ async def items_before(database: Database, owner: str, body: EarlierContext) -> 
         message = "'conversation' and 'previous_response_id' both say what came before; give one of them"
         raise refused(message, "conversation", "invalid_value")
     if conversation_id is not None:
-        if "\0" in conversation_id or await find_conversation(database, owner, conversation_id) is None:
-            missing = not_found("conversation", conversation_id)
-            missing.param = "conversation"
-            raise missing
+        if await find_conversation(database, owner, conversation_id) is None:
+            raise not_found("conversation", conversation_id, "conversation")
         return await all_items(database, conversation_id)
     if previous_id is None:
         return []
-    chain = await chain_of(database, owner, previous_id) if "\0" not in previous_id else None
+    chain = await chain_of(database, owner, previous_id)
     if chain is None:
-        found = not_found("previous response", previous_id)
-        found.param = "previous_response_id"
-        raise found
+        raise not_found("previous response", previous_id, "previous_response_id")
     return [item for row in chain for item in (*row.inputs, *row.body.get("output", []))]
 
 

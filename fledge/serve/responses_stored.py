@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
@@ -14,16 +14,14 @@ from fledge.serve.responses_events import told_again
 from fledge.serve.responses_wire import ResponseObject
 from fledge.serve.sse import EventStream, encode, json_response
 from fledge.serve.state import State, state_of
-from fledge.serve.wire import After, Deleted, Limit, list_answer, page_of
+from fledge.serve.wire import Deleted, Include, NewestFirst, list_answer, page_of
 from fledge.store import jobs as stored_jobs
 from fledge.store import responses as stored
-from fledge.store.pages import Cursor, Order
 from fledge.store.tables import ResponseRow
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 
 User = Annotated[Principal, Depends(needs("generate"))]
-Include = Annotated[list[str] | None, Query(max_length=16)]
 _OPEN = ("queued", "in_progress")
 
 
@@ -39,9 +37,9 @@ async def retrieve(
 ) -> Response:
     """`starting_after` is the `sequence_number` of the last event that the client has."""
     state = state_of(request)
-    row = await _find(state, principal, response_id)
+    row = await _settled(state, await _find(state, principal, response_id))
     if not stream:
-        return json_response(await _settled(state, row))
+        return json_response(row.body)
     start = 0 if starting_after is None else starting_after + 1
     job = await state.jobs.rejoin(principal.owner, response_id)
     if job is None:
@@ -75,16 +73,10 @@ async def delete(request: Request, response_id: str, principal: User) -> Respons
 
 @router.get("/{response_id}/input_items")
 async def input_items(
-    request: Request,
-    response_id: str,
-    principal: User,
-    limit: Limit = 20,
-    order: Order = "desc",
-    after: After = None,
-    include: Include = None,
+    request: Request, response_id: str, principal: User, cursor: NewestFirst, include: Include = None
 ) -> Response:
     row = await _find(state_of(request), principal, response_id)
-    return json_response(list_answer(*page_of(row.inputs, Cursor(limit, order, after))))
+    return json_response(list_answer(*page_of(row.inputs, cursor)))
 
 
 async def _find(state: State, principal: Principal, response_id: str) -> ResponseRow:
@@ -94,16 +86,15 @@ async def _find(state: State, principal: Principal, response_id: str) -> Respons
     return row
 
 
-async def _settled(state: State, row: ResponseRow) -> dict[str, Any]:
-    """The response; one whose server died while it wrote has failed."""
+async def _settled(state: State, row: ResponseRow) -> ResponseRow:
+    """The response; one whose server died while it wrote, or before it could begin, has failed."""
     if row.status in _OPEN:
         job = await stored_jobs.find_job(state.database, row.owner, row.id)
-        if job is not None and job.status == stored_jobs.FAILED:
+        if job is None or job.status == stored_jobs.FAILED:
             error = {"code": "server_error", "message": "The server that wrote this response has ended"}
             body = {**row.body, "status": "failed", "error": error}
-            await stored.update_response(state.database, row.owner, row.id, body)
-            return body
-    return row.body
+            return await stored.update_response(state.database, row.owner, row.id, body) or row
+    return row
 
 
 def _retold(row: ResponseRow) -> Job:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints
 
 from fledge.serve.chat_wire import ModerationWish, Sampling, TokenCount
-from fledge.serve.wire import Answer, FieldRule, Metadata, Name, Wire
+from fledge.serve.wire import Answer, FieldRule, IncludeName, Metadata, Name, Wire
 
 
 class InputPart(Wire):
@@ -106,7 +106,7 @@ class ResponseRequest(ResponseContext):
     max_output_tokens: TokenCount | None = None
     max_tool_calls: TokenCount | None = None
     metadata: Metadata | None = None
-    include: list[str] | None = None
+    include: list[IncludeName] | None = None
     prompt: dict[str, Any] | None = None
     moderation: ModerationWish | None = None
     context_management: list[dict[str, Any]] | None = None

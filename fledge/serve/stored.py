@@ -13,9 +13,8 @@ from fledge.serve.chat_wire import ChatCompletion, ChatUpdate
 from fledge.serve.errors import not_found
 from fledge.serve.sse import json_response
 from fledge.serve.state import state_of
-from fledge.serve.wire import After, Answer, Deleted, Limit, list_answer, page_of
+from fledge.serve.wire import Answer, Deleted, OldestFirst, list_answer, page_of
 from fledge.store import completions as stored
-from fledge.store.pages import Cursor, Order
 from fledge.store.tables import CompletionRow
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"])
@@ -46,12 +45,9 @@ def labels_in(request: Request) -> dict[str, str]:
 async def list_completions(
     request: Request,
     principal: Reader,
+    cursor: OldestFirst,
     model: Annotated[str | None, Query(max_length=256)] = None,
-    limit: Limit = 20,
-    order: Order = "asc",
-    after: After = None,
 ) -> Response:
-    cursor = Cursor(limit, order, after)
     database = state_of(request).database
     page = await stored.list_completions(database, principal.owner, model, labels_in(request), cursor)
     return json_response(list_answer([show(row) for row in page.rows], page.has_more))
@@ -79,17 +75,10 @@ async def delete(request: Request, completion_id: str, principal: Reader) -> Res
 
 
 @router.get("/{completion_id}/messages")
-async def messages(
-    request: Request,
-    completion_id: str,
-    principal: Reader,
-    limit: Limit = 20,
-    order: Order = "asc",
-    after: After = None,
-) -> Response:
+async def messages(request: Request, completion_id: str, principal: Reader, cursor: OldestFirst) -> Response:
     row = await _find(request, principal, completion_id)
     shown = [_show_message(message) for message in row.messages]
-    return json_response(list_answer(*page_of(shown, Cursor(limit, order, after))))
+    return json_response(list_answer(*page_of(shown, cursor)))
 
 
 def _show_message(message: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from starlette.responses import Response
 
 from fledge.rl.graders import GraderError, check
 from fledge.serve.auth import Principal, needs
-from fledge.serve.errors import ApiError, not_found, refused
+from fledge.serve.errors import not_found, refused
+from fledge.serve.files import require_file
 from fledge.serve.sse import json_response
 from fledge.serve.state import State, state_of
 from fledge.serve.stored import labels_in
@@ -31,7 +32,7 @@ from fledge.serve.tuning_wire import (
     show_job,
 )
 from fledge.serve.wire import After, Limit, list_answer, obey
-from fledge.store import files, tuning
+from fledge.store import tuning
 from fledge.store.pages import Cursor, new_id, now
 from fledge.store.tables import TuningJobRow
 
@@ -48,8 +49,9 @@ async def create(request: Request, body: TuningRequest, principal: Owner) -> Res
     request.state.notes.update(_inert(body))
     method = _method(body)
     path = await state.hub.path_of(principal.owner, body.model)
-    for field in ("training_file", "validation_file"):
-        await _require_file(state, principal, getattr(body, field), field)
+    await require_file(state, principal, body.training_file, "training_file", "fine-tune")
+    if body.validation_file is not None:
+        await require_file(state, principal, body.validation_file, "validation_file", "fine-tune")
     row = TuningJobRow(
         id=new_id("ftjob-"),
         created_at=now(),
@@ -176,19 +178,6 @@ def _method(body: TuningRequest) -> dict[str, Any]:
         except GraderError as error:
             raise refused(error.message, error.param, error.kind) from None
     return method
-
-
-async def _require_file(state: State, principal: Principal, file_id: str | None, field: str) -> None:
-    if file_id is None:
-        return
-    row = await files.find_file(state.database, principal.owner, file_id) if "\0" not in file_id else None
-    if row is None:
-        found = not_found("file", file_id)
-        found.param = field
-        raise found
-    if row.purpose != "fine-tune":
-        message = f"The file '{file_id}' was uploaded for '{row.purpose}'; upload it with purpose 'fine-tune'"
-        raise ApiError(400, message, param=field, code="invalid_file_purpose")
 
 
 async def _find(state: State, principal: Principal, job_id: str) -> TuningJobRow:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import Query
+from fastapi import Depends, Query
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fledge.serve.errors import refused
-from fledge.store.pages import Cursor, UnknownCursor
+from fledge.store.pages import Cursor, Order, UnknownCursor
 
 
 class Wire(BaseModel):
@@ -100,3 +100,28 @@ def page_of(items: Sequence[dict[str, Any]], cursor: Cursor) -> tuple[list[dict[
 
 Limit = Annotated[int, Query(ge=0, le=100)]
 After = Annotated[str | None, Query(max_length=256)]
+# `IncludeEnum` of openapi 2.3.0. What is unknown is refused: a misspelt wish would be ignored without a word.
+IncludeName = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+]
+Include = Annotated[list[IncludeName] | None, Query(max_length=16)]
+
+
+def _paged(first: Order) -> Any:
+    """A dependency: the stretch of a list that a request asks for, in this order unless it says otherwise."""
+
+    def cursor(limit: Limit = 20, order: Order = first, after: After = None) -> Cursor:
+        return Cursor(limit, order, after)
+
+    return Depends(cursor)
+
+
+NewestFirst = Annotated[Cursor, _paged("desc")]
+OldestFirst = Annotated[Cursor, _paged("asc")]

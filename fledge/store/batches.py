@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import and_, delete, or_, select, update
 
 from fledge.store.database import Database
+from fledge.store.owned import find_row, is_own
 from fledge.store.pages import Cursor, Page, now, read_page
 from fledge.store.tables import Base, BatchLineRow, BatchRow
 
@@ -34,8 +35,7 @@ async def add_batch(database: Database, row: BatchRow) -> None:
 
 
 async def find_batch(database: Database, owner: str, batch_id: str) -> BatchRow | None:
-    async with database.reading() as session:
-        return await session.scalar(select(BatchRow).where(BatchRow.owner == owner, BatchRow.id == batch_id))
+    return await find_row(database, BatchRow, owner, batch_id)
 
 
 async def list_batches(database: Database, owner: str, cursor: Cursor) -> Page[BatchRow]:
@@ -48,7 +48,7 @@ async def cancel_batch(database: Database, owner: str, batch_id: str) -> BatchRo
     async with database.writing() as session:
         row = await session.scalar(
             select(BatchRow)
-            .where(BatchRow.owner == owner, BatchRow.id == batch_id, BatchRow.status.in_(("validating", "in_progress")))
+            .where(is_own(BatchRow, owner, batch_id), BatchRow.status.in_(("validating", "in_progress")))
             .with_for_update()
         )
         if row is not None:

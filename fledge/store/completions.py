@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import delete, select, update
-
 from fledge.store.database import Database
+from fledge.store.owned import delete_row, find_row, label_row
 from fledge.store.pages import Cursor, Page, labelled, read_page
 from fledge.store.tables import CompletionRow
 
@@ -17,10 +16,7 @@ async def add_completion(database: Database, row: CompletionRow) -> None:
 
 
 async def find_completion(database: Database, owner: str, completion_id: str) -> CompletionRow | None:
-    async with database.reading() as session:
-        return await session.scalar(
-            select(CompletionRow).where(CompletionRow.owner == owner, CompletionRow.id == completion_id)
-        )
+    return await find_row(database, CompletionRow, owner, completion_id)
 
 
 async def list_completions(
@@ -38,21 +34,8 @@ async def label_completion(
     database: Database, owner: str, completion_id: str, labels: dict[str, Any] | None
 ) -> CompletionRow | None:
     """Replace its metadata; the row as it is then, None if there is none."""
-    changed = (
-        update(CompletionRow)
-        .where(CompletionRow.owner == owner, CompletionRow.id == completion_id)
-        .values(labels=labels)
-        .returning(CompletionRow)
-    )
-    async with database.writing() as session:
-        return await session.scalar(changed)
+    return await label_row(database, CompletionRow, owner, completion_id, labels)
 
 
 async def delete_completion(database: Database, owner: str, completion_id: str) -> bool:
-    gone = (
-        delete(CompletionRow)
-        .where(CompletionRow.owner == owner, CompletionRow.id == completion_id)
-        .returning(CompletionRow.id)
-    )
-    async with database.writing() as session:
-        return (await session.scalar(gone)) is not None
+    return await delete_row(database, CompletionRow, owner, completion_id)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select
 
 from fledge.errors import UserError
 from fledge.store.database import Database
+from fledge.store.owned import delete_row, find_row, label_row
 from fledge.store.pages import Cursor, Page, UnknownCursor, now, read_page
 from fledge.store.tables import ConversationItemRow, ConversationRow
 
@@ -28,34 +29,18 @@ async def add_conversation(database: Database, row: ConversationRow, items: Sequ
 
 
 async def find_conversation(database: Database, owner: str, conversation_id: str) -> ConversationRow | None:
-    async with database.reading() as session:
-        return await session.scalar(
-            select(ConversationRow).where(ConversationRow.owner == owner, ConversationRow.id == conversation_id)
-        )
+    return await find_row(database, ConversationRow, owner, conversation_id)
 
 
 async def label_conversation(
     database: Database, owner: str, conversation_id: str, labels: dict[str, Any] | None
 ) -> ConversationRow | None:
     """Replace its metadata; the row as it is then, None if there is none."""
-    changed = (
-        update(ConversationRow)
-        .where(ConversationRow.owner == owner, ConversationRow.id == conversation_id)
-        .values(labels=labels)
-        .returning(ConversationRow)
-    )
-    async with database.writing() as session:
-        return await session.scalar(changed)
+    return await label_row(database, ConversationRow, owner, conversation_id, labels)
 
 
 async def delete_conversation(database: Database, owner: str, conversation_id: str) -> bool:
-    gone = (
-        delete(ConversationRow)
-        .where(ConversationRow.owner == owner, ConversationRow.id == conversation_id)
-        .returning(ConversationRow.id)
-    )
-    async with database.writing() as session:
-        return (await session.scalar(gone)) is not None
+    return await delete_row(database, ConversationRow, owner, conversation_id)
 
 
 async def add_items(database: Database, conversation_id: str, items: Sequence[Item]) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from fledge.store.blobs import Blobs, BlobWriter
 from fledge.store.database import Database
+from fledge.store.owned import is_own
 from fledge.store.pages import Cursor, Page, new_id, now, read_page
 from fledge.store.tables import FileRow
 
@@ -59,7 +60,7 @@ def file_row(writer: BlobWriter, new: NewFile) -> FileRow:
 
 async def find_file(database: Database, owner: str, file_id: str) -> FileRow | None:
     async with database.reading() as session:
-        return await session.scalar(select(FileRow).where(FileRow.owner == owner, FileRow.id == file_id, _in_force()))
+        return await session.scalar(select(FileRow).where(is_own(FileRow, owner, file_id), _in_force()))
 
 
 async def list_files(database: Database, owner: str, purpose: str | None, cursor: Cursor) -> Page[FileRow]:
@@ -70,8 +71,7 @@ async def list_files(database: Database, owner: str, purpose: str | None, cursor
 
 async def delete_file(database: Database, blobs: Blobs, owner: str, file_id: str) -> bool:
     """Delete a file and, if no other has it, its content; false if there is none."""
-    where = (FileRow.owner == owner, FileRow.id == file_id, _in_force())
-    return bool(await _delete(database, blobs, where))
+    return bool(await _delete(database, blobs, (is_own(FileRow, owner, file_id), _in_force())))
 
 
 async def sweep_expired(database: Database, blobs: Blobs) -> int:

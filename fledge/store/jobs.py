@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import delete, select, update
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from fledge.store.database import Database
+from fledge.store.owned import delete_row, find_row, is_own
 from fledge.store.pages import now
 from fledge.store.tables import JobEventRow, JobRow
 
@@ -28,12 +28,7 @@ async def add_job(database: Database, job_id: str, owner: str, kind: str) -> Non
 
 
 async def find_job(database: Database, owner: str, job_id: str) -> JobRow | None:
-    async with database.reading() as session:
-        return await _find(session, owner, job_id)
-
-
-async def _find(session: AsyncSession, owner: str, job_id: str) -> JobRow | None:
-    return await session.scalar(select(JobRow).where(JobRow.owner == owner, JobRow.id == job_id))
+    return await find_row(database, JobRow, owner, job_id)
 
 
 async def add_events(
@@ -63,7 +58,7 @@ async def read_events(
 ) -> tuple[JobRow, list[str]] | None:
     """The job and its events from number `first` on, at most `limit`; None if the owner has no such job."""
     async with database.reading() as session:
-        row = await _find(session, owner, job_id)
+        row = await session.scalar(select(JobRow).where(is_own(JobRow, owner, job_id)))
         if row is None:
             return None
         events = (
@@ -79,7 +74,7 @@ async def want_cancelled(database: Database, owner: str, job_id: str) -> bool:
     """Ask whichever server runs the job to end it; false if it is not running."""
     asked = (
         update(JobRow)
-        .where(JobRow.owner == owner, JobRow.id == job_id, JobRow.status == RUNNING)
+        .where(is_own(JobRow, owner, job_id), JobRow.status == RUNNING)
         .values(is_cancel_wanted=True)
         .returning(JobRow.id)
     )
@@ -106,5 +101,4 @@ async def sweep_jobs(database: Database, older_than: int) -> None:
 
 
 async def delete_job(database: Database, owner: str, job_id: str) -> None:
-    async with database.writing() as session:
-        await session.execute(delete(JobRow).where(JobRow.owner == owner, JobRow.id == job_id))
+    await delete_row(database, JobRow, owner, job_id)

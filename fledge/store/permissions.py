@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select
 
 from fledge.store.database import Database
+from fledge.store.owned import is_own
 from fledge.store.pages import Cursor, Page, new_id, now, read_page
 from fledge.store.tables import PermissionRow
 
@@ -40,7 +41,7 @@ async def list_permissions(
 async def revoke(database: Database, owner: str, model: str, permission_id: str) -> bool:
     gone = (
         delete(PermissionRow)
-        .where(PermissionRow.owner == owner, PermissionRow.model == model, PermissionRow.id == permission_id)
+        .where(is_own(PermissionRow, owner, permission_id), PermissionRow.model == model)
         .returning(PermissionRow.id)
     )
     async with database.writing() as session:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import select, update
 
 from fledge.errors import UserError
 from fledge.store.database import Database
+from fledge.store.owned import delete_row, find_row, is_own
 from fledge.store.tables import ResponseRow
 
 MAX_CHAIN = 1000  # responses that one may stand on
@@ -19,17 +20,14 @@ async def add_response(database: Database, row: ResponseRow) -> None:
 
 
 async def find_response(database: Database, owner: str, response_id: str) -> ResponseRow | None:
-    async with database.reading() as session:
-        return await session.scalar(
-            select(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == response_id)
-        )
+    return await find_row(database, ResponseRow, owner, response_id)
 
 
 async def update_response(database: Database, owner: str, response_id: str, body: dict[str, Any]) -> ResponseRow | None:
     """Replace the body, and the status by the body's; None if the response has been deleted meanwhile."""
     changed = (
         update(ResponseRow)
-        .where(ResponseRow.owner == owner, ResponseRow.id == response_id)
+        .where(is_own(ResponseRow, owner, response_id))
         .values(body=body, status=body["status"])
         .returning(ResponseRow)
     )
@@ -38,11 +36,7 @@ async def update_response(database: Database, owner: str, response_id: str, body
 
 
 async def delete_response(database: Database, owner: str, response_id: str) -> bool:
-    gone = (
-        delete(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == response_id).returning(ResponseRow.id)
-    )
-    async with database.writing() as session:
-        return (await session.scalar(gone)) is not None
+    return await delete_row(database, ResponseRow, owner, response_id)
 
 
 async def chain_of(database: Database, owner: str, response_id: str) -> list[ResponseRow] | None:
@@ -53,7 +47,7 @@ async def chain_of(database: Database, owner: str, response_id: str) -> list[Res
         while wanted is not None:
             if len(chain) == MAX_CHAIN:
                 raise UserError(f"a conversation of more than {MAX_CHAIN} responses; begin a new one")
-            row = await session.scalar(select(ResponseRow).where(ResponseRow.owner == owner, ResponseRow.id == wanted))
+            row = await session.scalar(select(ResponseRow).where(is_own(ResponseRow, owner, wanted)))
             if row is None:
                 return None
             chain.append(row)

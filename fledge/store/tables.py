@@ -42,6 +42,18 @@ class Listed:
     created_at: Mapped[int]
 
 
+class Owned(Listed):
+    """What every table has whose rows a user owns."""
+
+    owner: Mapped[str] = mapped_column(String(255))
+
+
+class Labelled(Owned):
+    """Rows that carry their owner's metadata."""
+
+    labels: Mapped[Json | None]
+
+
 class KeyRow(Listed, Base):
     """An API key. The key itself is shown once and kept as `hash`, its SHA-256; `hint` is how it ends."""
 
@@ -67,11 +79,10 @@ class ModelRow(Listed, Base):
     job_id: Mapped[str | None] = mapped_column(String(255))
 
 
-class FileRow(Listed, Base):
+class FileRow(Owned, Base):
     """An uploaded or produced file; its content lies in the blobs under its SHA-256."""
 
     __tablename__ = "files"
-    owner: Mapped[str] = mapped_column(String(255))
     filename: Mapped[str] = mapped_column(Text)
     purpose: Mapped[str] = mapped_column(String(64))
     bytes: Mapped[int]
@@ -80,12 +91,11 @@ class FileRow(Listed, Base):
     status: Mapped[str] = mapped_column(String(32), default="processed")
 
 
-class BatchRow(Listed, Base):
+class BatchRow(Labelled, Base):
     """A batch of requests. `times` maps a state to when it was reached, `counts` total, completed and failed; `worker`
     is the server that runs it, until its lease runs out."""
 
     __tablename__ = "batches"
-    owner: Mapped[str] = mapped_column(String(255))
     endpoint: Mapped[str] = mapped_column(String(255))
     input_file_id: Mapped[str] = mapped_column(String(255))
     completion_window: Mapped[str] = mapped_column(String(32))
@@ -97,7 +107,6 @@ class BatchRow(Listed, Base):
     counts: Mapped[Json]
     errors: Mapped[Json | None]
     extra: Mapped[Json]
-    labels: Mapped[Json | None]
     worker: Mapped[str | None] = mapped_column(String(64))
     leased_until: Mapped[int | None]
 
@@ -112,13 +121,12 @@ class BatchLineRow(Base):
     data: Mapped[str] = mapped_column(Text)
 
 
-class TuningJobRow(Listed, Base):
+class TuningJobRow(Labelled, Base):
     """A fine-tuning job. `wanted` is what its owner asks of the worker ("cancel", "pause"); the worker that has it
     says so in `worker` and renews `leased_until`, so that another takes over what a dead one left. `base_path` is the
     checkpoint that `model` led to when the job was made."""
 
     __tablename__ = "tuning_jobs"
-    owner: Mapped[str] = mapped_column(String(255))
     status: Mapped[str] = mapped_column(String(32), index=True)
     model: Mapped[str] = mapped_column(String(255))
     base_path: Mapped[str | None] = mapped_column(Text)
@@ -128,7 +136,6 @@ class TuningJobRow(Listed, Base):
     seed: Mapped[int]
     method: Mapped[Json]
     integrations: Mapped[list[Any] | None]
-    labels: Mapped[Json | None]
     fine_tuned_model: Mapped[str | None] = mapped_column(String(255))
     result_files: Mapped[list[str]]
     trained_tokens: Mapped[int | None]
@@ -158,19 +165,16 @@ class TuningCheckpointRow(Listed, Base):
     path: Mapped[str | None] = mapped_column(Text)
 
 
-class PermissionRow(Listed, Base):
+class PermissionRow(Owned, Base):
     """`project_id`, another owner, may use the model `model` of `owner`."""
 
     __tablename__ = "model_permissions"
-    owner: Mapped[str] = mapped_column(String(255))
     model: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"), index=True)
     project_id: Mapped[str] = mapped_column(String(255), index=True)
 
 
-class ConversationRow(Listed, Base):
+class ConversationRow(Labelled, Base):
     __tablename__ = "conversations"
-    owner: Mapped[str] = mapped_column(String(255))
-    labels: Mapped[Json | None]
 
 
 class ConversationItemRow(Listed, Base):
@@ -181,23 +185,20 @@ class ConversationItemRow(Listed, Base):
     body: Mapped[Json]
 
 
-class CompletionRow(Listed, Base):
+class CompletionRow(Labelled, Base):
     """A stored chat completion: `body` as it was answered, `messages` as they were asked, each with an id."""
 
     __tablename__ = "completions"
-    owner: Mapped[str] = mapped_column(String(255))
     model: Mapped[str] = mapped_column(String(255))
-    labels: Mapped[Json | None]
     messages: Mapped[list[Any]]
     body: Mapped[Json]
 
 
-class ResponseRow(Listed, Base):
+class ResponseRow(Owned, Base):
     """A response of `/v1/responses`. `inputs` are its own input items, each with an id; what came before them is
     found through `previous_id`."""
 
     __tablename__ = "responses"
-    owner: Mapped[str] = mapped_column(String(255))
     status: Mapped[str] = mapped_column(String(32))
     previous_id: Mapped[str | None] = mapped_column(String(255))
     is_background: Mapped[bool]
@@ -205,7 +206,7 @@ class ResponseRow(Listed, Base):
     body: Mapped[Json]
 
 
-class JobRow(Listed, Base):
+class JobRow(Owned, Base):
     """A generation that goes on without its client. `touched_at` is renewed while the server that runs it lives."""
 
     __tablename__ = "jobs"

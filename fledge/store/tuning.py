@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import and_, delete, or_, select, update
+from sqlalchemy import and_, or_, select, update
 
 from fledge.store.database import Database
+from fledge.store.owned import find_row, is_own
 from fledge.store.pages import Cursor, Page, labelled, new_id, now, read_page
 from fledge.store.tables import Base, FileRow, ModelRow, TuningCheckpointRow, TuningEventRow, TuningJobRow
 
@@ -27,8 +28,7 @@ async def add_tuning_job(database: Database, row: TuningJobRow) -> None:
 
 
 async def find_tuning_job(database: Database, owner: str, job_id: str) -> TuningJobRow | None:
-    async with database.reading() as session:
-        return await session.scalar(select(TuningJobRow).where(TuningJobRow.owner == owner, TuningJobRow.id == job_id))
+    return await find_row(database, TuningJobRow, owner, job_id)
 
 
 async def list_tuning_jobs(
@@ -54,7 +54,7 @@ async def ask_of_job(
         changes |= {"status": status, "finished_at": now() if status in ENDED else None}
     changed = (
         update(TuningJobRow)
-        .where(TuningJobRow.owner == owner, TuningJobRow.id == job_id, TuningJobRow.status.in_(when))
+        .where(is_own(TuningJobRow, owner, job_id), TuningJobRow.status.in_(when))
         .values(**changes)
         .returning(TuningJobRow)
     )
@@ -227,9 +227,3 @@ async def add_tuning_checkpoint(database: Database, row: TuningCheckpointRow, mo
             return False
         session.add_all([row, model])
     return True
-
-
-async def delete_tuning_job(database: Database, owner: str, job_id: str) -> bool:
-    gone = delete(TuningJobRow).where(TuningJobRow.owner == owner, TuningJobRow.id == job_id)
-    async with database.writing() as session:
-        return (await session.scalar(gone.returning(TuningJobRow.id))) is not None

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from serve_fakes import Server, tokenizer
+from serve_fakes import Server, serving, tokenizer
+from sqlalchemy import select, update
+
+from fledge.serve.state import ServerConfig
+from fledge.store import jobs
+from fledge.store.responses import add_response
+from fledge.store.tables import JobRow, ResponseRow
 
 pytestmark = pytest.mark.anyio
 PATH = "/v1/responses"
@@ -159,6 +166,34 @@ async def test_a_failure_in_the_background_is_the_responses(client: httpx2.Async
     assert [event["type"] for event in told[-2:]] == ["response.failed", "error"]
 
 
+async def test_a_response_whose_server_died_has_failed(client: httpx2.AsyncClient, server: Server) -> None:
+    """Before it could begin, or in the middle of it."""
+    database = server.state.database
+    body = {"id": "", "object": "response", "status": "in_progress", "output": [], "error": None}
+    for name in ("resp_none", "resp_dead"):
+        row = ResponseRow(id=name, created_at=1, owner="alice", status="in_progress", is_background=True, inputs=[])
+        row.body = {**body, "id": name}
+        await add_response(database, row)
+    await jobs.add_job(database, "resp_dead", "alice", "response")
+    assert (await client.get(f"{PATH}/resp_dead")).json()["status"] == "in_progress"
+    async with database.writing() as session:
+        await session.execute(update(JobRow).values(touched_at=1))
+    await jobs.fail_dead_jobs(database)  # as every server does from time to time
+    for name in ("resp_none", "resp_dead"):
+        found = (await client.get(f"{PATH}/{name}")).json()
+        assert (found["status"], found["error"]["code"]) == ("failed", "server_error")
+    told = events((await client.get(f"{PATH}/resp_none?stream=true")).text)
+    assert [event["type"] for event in told] == ["response.created", "response.in_progress", "response.failed"]
+
+
+async def test_a_response_that_cannot_be_begun_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with serving(tmp_path, ServerConfig(max_running=0)) as server, server.client() as client:
+        answer = await client.post(PATH, json={"input": "Hi", "background": True})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+        async with server.state.database.reading() as session:
+            assert await session.scalar(select(ResponseRow.id)) is None
+
+
 async def test_tokens_are_counted_as_they_would_be_read(client: httpx2.AsyncClient, server: Server) -> None:
     body = {"input": "Hi there", "instructions": "be kind"}
     counted = (await client.post(f"{PATH}/input_tokens", json=body)).json()["input_tokens"]
@@ -186,6 +221,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": "x", "background": True, "store": False}, "background"),
     ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
     ({"input": "x", "nonsense": 1}, "nonsense"),
+    ({"input": "x", "include": ["message.output_text.logprob"]}, "include[0]"),
 ]
 
 
@@ -196,6 +232,19 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
     for stream in (False, True):
         answer = await client.post(PATH, json={**body, "stream": stream})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+@pytest.mark.parametrize("wish", ["1.5e-204", "", "logprobs"])
+async def test_an_unknown_wish_is_refused_wherever_it_may_be_said(client: httpx2.AsyncClient, wish: str) -> None:
+    made = (await client.post(PATH, json={"input": "Hi"})).json()["id"]
+    talk = (await client.post("/v1/conversations", json={"items": [{"role": "user", "content": "Hi"}]})).json()["id"]
+    item = (await client.get(f"/v1/conversations/{talk}/items")).json()["first_id"]
+    places = (f"{PATH}/{made}", f"{PATH}/{made}/input_items", f"/v1/conversations/{talk}/items")
+    for place in (*places, f"/v1/conversations/{talk}/items/{item}"):
+        known = await client.get(place, params={"include": "message.output_text.logprobs"})
+        assert known.status_code == 200
+        answer = await client.get(place, params={"include": wish})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "include[0]"), place
 
 
 async def test_huge_numbers_in_a_schema_do_no_harm(client: httpx2.AsyncClient) -> None:
