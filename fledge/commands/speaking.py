@@ -18,7 +18,7 @@ from fledge.infer.engine import Engine, EngineConfig
 from fledge.infer.hosted import load_draft
 from fledge.infer.quantize import load_model
 from fledge.infer.speculate import USUAL_DRAFT
-from fledge.recipes.measure import read_plan, run_of
+from fledge.recipes.measure import context_of
 from fledge.recipes.runs import resolve_model
 from fledge.registry import family
 from fledge.text.chat import Renderer, normalise
@@ -112,7 +112,7 @@ def load_speaker(name: str, runs: Path, draft: str | None = None) -> Speaker:
     if draft is not None:
         config = replace(config, num_draft=USUAL_DRAFT)
         draft_model = load_draft(resolve_model(draft, runs), loaded.tokenizer, default_device())
-    return Speaker(name, loaded, _context(loaded), Engine(model, loaded.tokenizer, config, draft_model))
+    return Speaker(name, loaded, context_of(loaded), Engine(model, loaded.tokenizer, config, draft_model))
 
 
 def within(renderer: Renderer, conversation: Conversation, room: int | None, max_tokens: int) -> tuple[int, ...]:
@@ -185,17 +185,3 @@ def sampling_params(args: argparse.Namespace, speaker: Speaker) -> SamplingParam
 def printable(text: str) -> str:
     """`text` without control characters but line breaks and tabs: what a model says must not steer a terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
-def _context(loaded: LoadedModel) -> int | None:
-    """The row length of supervised fine-tuning, where the run still has a plan; at most the model's positions."""
-    model: Any = loaded.model
-    longest: int | None = model.config.max_positions
-    run = run_of(loaded.directory)
-    if run is None:
-        return longest
-    try:
-        trained = read_plan(run).sft.fit.row_length
-    except RunError:  # raised by another fledge: its weights may still be read
-        return longest
-    return trained if longest is None else min(trained, longest)

@@ -23,7 +23,7 @@ from fledge.formats.checkpoint import LoadedModel
 from fledge.recipes.align_data import data_stage
 from fledge.recipes.align_demonstrations import reward_stage, sft_stage
 from fledge.recipes.align_health import health_stage
-from fledge.recipes.align_models import Context, context_of, load_scorer, load_start, own_stages
+from fledge.recipes.align_models import Context, load_scorer, load_start, own_stages
 from fledge.recipes.align_offline import kto_stage, preference_stage, reference_stage
 from fledge.recipes.align_outcome import outcome_stage
 from fledge.recipes.align_plan import AlignPlan, DataPlan, JudgePlan, LoraPlan, OutcomePlan, SelectPlan, StartPlan
@@ -33,6 +33,7 @@ from fledge.recipes.align_sampling import best_of_n_stage, feedme_stage, samples
 from fledge.recipes.align_settings import SAFETY_SHARE, Scope, settings_of, with_lr
 from fledge.recipes.card_page import write_card
 from fledge.recipes.interrupts import Interrupts
+from fledge.recipes.measure import context_of
 from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
 from fledge.recipes.runs import locked, open_run
 from fledge.train.device import default_device, raise_malloc_thresholds

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,20 @@ import torch
 from torch import nn
 
 from fledge.config import to_json
-from fledge.errors import CheckpointError, RunError, TrainingHalted
+from fledge.errors import CheckpointError, RunError, TrainingHalted, UserError
 from fledge.formats.checkpoint import CheckpointInfo, LoadedModel, load_model, save_model
 from fledge.formats.peft import save_adapter
-from fledge.layers.lora import add_lora, merge_lora, remove_lora, take_adapter
+from fledge.layers.lora import LoraLinear, add_lora, merge_lora, remove_lora, take_adapter
 from fledge.layers.soft_prompt import SoftPrompt
 from fledge.models.scalar import ScalarModel, freeze
 from fledge.recipes.align_plan import AlignPlan
 from fledge.recipes.align_settings import RewardSettings
-from fledge.recipes.measure import read_plan, run_of
 from fledge.recipes.ring import StageContext
 from fledge.recipes.runs import resolve_model
 from fledge.registry import family
 
 Context = StageContext[AlignPlan]
+TIED = "is_head_tied"  # the families' name for a head that may be the embedding or not
 FROZEN_ROLES = ("table",)  # n-gram tables: no later stage trains them (models/pocket.py)
 
 
@@ -97,28 +98,51 @@ def scalar(loaded: LoadedModel) -> ScalarModel:
 
 
 def trainable_model(context: Context, model: nn.Module) -> nn.Module:
-    """`model` made ready to train, in place: with the plan's adapter, or whole but for its tables."""
+    """`model` made ready to train, in place: with the plan's adapter, or whole but for its tables. `UserError` for an
+    adapter that could not be saved with it."""
     if context.plan.lora is None:
         model.requires_grad_(True)
         freeze(model, FROZEN_ROLES)
     else:
         add_lora(model, context.plan.lora.config, torch.Generator().manual_seed(context.plan.seed))
+        _refuse_parting(model)
     return model
+
+
+def _refuse_parting(model: nn.Module) -> None:
+    """An adapter of a head that is the embedding makes it a head of its own, which not every family can have."""
+    any_model: Any = model
+    head = getattr(any_model, "head", None)
+    if isinstance(head, LoraLinear) and head.base.weight is any_model.tokens.weight and not _can_part(any_model):
+        raise UserError(
+            "this model's head is always its embedding, so an adapter has no place in it; adapt other layers"
+        )
+
+
+def _can_part(model: Any) -> bool:
+    return any(field.name == TIED for field in fields(model.config))
+
+
+def _config_of(model: Any) -> Any:
+    """The config of a model whose adapter is merged: if it was in a head that was the embedding, they are two now."""
+    is_parted = _can_part(model) and model.head.weight is not model.tokens.weight
+    return replace(model.config, **{TIED: False}) if is_parted else model.config
 
 
 def save_aligned(
     context: Context, model: nn.Module, start: LoadedModel, parents: dict[str, str], *, name: str = "model"
 ) -> str:
     """Write a trained model, its adapter merged (and beside it as PEFT's, where a layout is published); its hash."""
+    config: Any = model.config
     if context.plan.lora is not None:
         _save_adapter(context, model, start, name)
         trunk: nn.Module = model.trunk if isinstance(model, ScalarModel) else model
         merge_lora(trunk)
         remove_lora(trunk)
-    any_model: Any = model
+        config = _config_of(model)
     info = CheckpointInfo(
         family="scalar" if isinstance(model, ScalarModel) else start.info.family,
-        config=to_json(any_model.config),
+        config=to_json(config),
         stage=context.name,
         tokenizer_hash=start.info.tokenizer_hash,
         template_hash=start.info.template_hash,
@@ -146,20 +170,6 @@ def _save_adapter(context: Context, model: nn.Module, start: LoadedModel, name: 
         save_adapter(take_adapter(model, context.plan.lora.config), model, directory, base=context.plan.start.name)
     except CheckpointError as why:  # a family of ours alone has no published layout; the merged model holds it all
         context.listener.stage(context.name, "note", f"no PEFT adapter: {why}")
-
-
-def context_of(loaded: LoadedModel) -> int | None:
-    """How many tokens a model reads at once: those of its chat training, at most its positions; None: unknown."""
-    model: Any = loaded.model
-    longest: int | None = model.config.max_positions
-    run = run_of(loaded.directory)
-    if run is None:
-        return longest
-    try:
-        trained = read_plan(run).sft.fit.row_length
-    except RunError:
-        return longest
-    return trained if longest is None else min(trained, longest)
 
 
 def weights_digest(model: nn.Module) -> str:

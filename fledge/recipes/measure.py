@@ -156,6 +156,20 @@ def read_plan(run: Path) -> RingPlan:
         raise RunError(f"{path}: not a plan that this fledge reads ({error}); use the fledge that raised it") from error
 
 
+def context_of(loaded: LoadedModel) -> int | None:
+    """How many tokens a model reads at once: those of its chat training, at most its positions; None: unknown."""
+    model: Any = loaded.model
+    longest: int | None = model.config.max_positions
+    run = run_of(loaded.directory)
+    if run is None:
+        return longest
+    try:
+        trained = read_plan(run).sft.fit.row_length
+    except RunError:  # raised by another fledge: its weights may still be read
+        return longest
+    return trained if longest is None else min(trained, longest)
+
+
 def scorer_of(loaded: LoadedModel, plan: RingPlan | None, row_length: int | None) -> Scorer:
     """How the model's likelihoods are read: rows of `row_length`, or of the length it was trained on.
 

@@ -18,11 +18,34 @@ from fledge.config import to_json
 from fledge.files import write_json
 from fledge.formats.checkpoint import CheckpointInfo, save_model
 from fledge.models.gpt import GPT, GPTConfig
+from fledge.models.llama import Llama, LlamaConfig
 from fledge.models.scalar import ScalarModel
 from fledge.text.chat import ChatRenderer
 from fledge.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from fledge.types import Metrics
 
 POSITIONS = 64
+
+
+class Killed(Exception):
+    pass
+
+
+class Silent:
+    """A listener that hears, and may fail at a step of a stage, as a process that is killed there."""
+
+    def __init__(self, stage: str | None = None, step: int | None = None) -> None:
+        self.fatal = (stage, step)
+        self.heard: list[str] = []
+
+    def stage(self, name: str, status: str, note: str) -> None:
+        self.heard.append(f"{name} {status} {note}")
+
+    def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
+        if (stage, step) == self.fatal:
+            raise Killed
+
+
 THINGS = ("tea", "rain", "cats", "music", "snow", "bread", "ships", "books", "stars", "soup", "bells", "moss")
 VERBS = ("like", "want", "see", "need")
 
@@ -31,16 +54,18 @@ def questions() -> list[str]:
     return [f"do you {verb} {thing}?" for thing in THINGS for verb in VERBS]
 
 
-def plant(folder: Path, vocab_size: int = 290, positions: int = POSITIONS) -> Path:
+def plant(folder: Path, vocab_size: int = 290, positions: int = POSITIONS, family: str = "gpt") -> Path:
     """`runs/tiny` with a stage `sft`, `reward` and `gold`, and one data file of each kind; the same every time."""
     texts = [*questions(), "yes yes", "no no", "yes i do", "no i do not"] * 4
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=vocab_size))
     run = folder / "runs" / "tiny"
-    model = GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, positions))
+    model: Any = GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, positions))
+    if family == "llama":
+        model = Llama(LlamaConfig(tokenizer.vocab_size, 32, 1, 2, 2, 64, positions, is_head_tied=True))
     model.init_weights(torch.Generator().manual_seed(0))
-    _add(run, "sft", "gpt", model, tokenizer)
+    _add(run, "sft", family, model, tokenizer)
     for seed, stage in enumerate(("reward", "gold"), start=1):
-        judge = ScalarModel.from_trunk("gpt", model, generator=torch.Generator().manual_seed(seed))
+        judge = ScalarModel.from_trunk(family, model, generator=torch.Generator().manual_seed(seed))
         _add(run, stage, "scalar", judge, tokenizer)
     for name, rows in data().items():
         write_rows(folder / f"{name}.jsonl", rows)

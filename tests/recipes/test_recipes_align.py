@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,17 @@ from typing import Any
 import align_world as world
 import pytest
 import torch
+from align_world import Killed, Silent
 
 from fledge import cli
-from fledge.errors import ConfigError, DataError, RunError, TrainingHalted
+from fledge.errors import ConfigError, DataError, RunError, TrainingHalted, UserError
 from fledge.formats.checkpoint import load_model
+from fledge.formats.peft import load_adapter
 from fledge.recipes.align import METHODS, AlignOrder, align, plan_of
 from fledge.recipes.align_data import Cut, answer_ids
 from fledge.recipes.align_models import refuse_padding_that_ends, require_unchanged, weights_digest
 from fledge.recipes.align_rl import GoldWatch
-from fledge.types import Conversation, Metrics
+from fledge.types import Conversation
 
 SHORT = ("train.prompt_length=30", "train.response_length=8", "outcome.max_tokens=8", "outcome.prompts=4")
 ROUNDS = ("train.warmup_rounds=1", "train.rounds=2")
@@ -43,44 +44,6 @@ ORDERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "best-of-n": ("prompts", REWARDED, (*SHORT, "train.samples=4", "train.fit.batch=1")),
     "feedme": ("chats", REWARDED, (*SHORT, "train.rounds=2", "train.prompts=4", "train.samples=4", "train.steps=2")),
 }
-
-
-class Silent:
-    """A listener that hears, and may fail at a step of a stage, as a process that is killed there."""
-
-    def __init__(self, stage: str | None = None, step: int | None = None) -> None:
-        self.fatal = (stage, step)
-        self.heard: list[str] = []
-
-    def stage(self, name: str, status: str, note: str) -> None:
-        self.heard.append(f"{name} {status} {note}")
-
-    def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
-        if (stage, step) == self.fatal:
-            raise Killed
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.plant(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def folder(planted: Path, tmp_path: Path) -> Path:
-    """The world in a place of its own, so that runs do not meet."""
-    shutil.copytree(planted, tmp_path / "world")
-    return tmp_path / "world"
-
-
-@pytest.fixture(autouse=True)
-def _indifferent() -> Iterator[None]:
-    """A run switches deterministic algorithms on; other tests need not have them."""
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def order(folder: Path, method: str, *overrides: str, **others: Any) -> AlignOrder:
@@ -173,6 +136,23 @@ def test_an_adapter_leaves_the_start_as_it_was_and_is_saved_as_peft_and_merged(f
     state = json.loads((run / "card.json").read_text())
     trained = next(f for s in state["stages"] if s["name"] == "dpo" for f in s["report"]["facts"])
     assert trained["value"] == 2 * 4 * (32 + 32)
+
+
+def test_an_adapter_in_a_head_that_was_the_embedding_leaves_the_embedding_as_it_was(tmp_path: Path) -> None:
+    folder = world.plant(tmp_path, family="llama")
+    run = align(order(folder, "dpo", lora=4, lora_targets=("head",)), Silent())
+    before: Any = load_model(folder / "runs" / "tiny" / "sft" / "model").model
+    after: Any = load_model(run / "dpo" / "model").model
+    assert torch.equal(after.tokens.weight, before.tokens.weight)
+    delta = load_adapter(run / "dpo" / "adapter", before).pairs["head"]
+    expected = before.head.weight + delta.scale * delta.b @ delta.a
+    torch.testing.assert_close(after.head.weight, expected)
+    assert not torch.equal(after.head.weight, before.head.weight)
+
+
+def test_an_adapter_in_a_head_that_is_always_the_embedding_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="head is always its embedding"):
+        align(order(folder, "dpo", lora=4, lora_targets=("head",)), Silent())
 
 
 BAD_ROWS = {
