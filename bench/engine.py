@@ -6,7 +6,7 @@
 
     gpt       a 124M gpt, random weights, beside transformers.generate (float32, cached, one prompt); at once: 1, 4, 32
     small     14M parameters read a token, beside the plain eager loop (infer/naive.py)
-    rollout   many prompts sampled at once, beside transformers.generate with the same batch
+    rollout   many prompts sampled at once, as PPO does, beside transformers.generate with the same batch
     smollm2   SmolLM2-135M, 4 bits, beside llama.cpp over the same file; PYTHON has llama-cpp-python
 
 The measured take turns, so that a busy machine slows them alike; a ratio is the median of the turns' ratios. `roofline`
@@ -186,25 +186,45 @@ def small(args: argparse.Namespace) -> None:
 
 
 def rollout(args: argparse.Namespace) -> None:
-    """Target: 3 times transformers.generate. Sampled, prompts of uneven lengths, log-probabilities on our side only."""
+    """Target: 3 times transformers.generate. Sampled, prompts of uneven lengths, answers that end when they will, as in
+    PPO; log-probabilities on our side only. The ratio is of the rates of tokens that belong to an answer."""
     model = small_model()
     peer = twin("llama", model)
     params = SamplingParams(max_tokens=args.tokens, temperature=1.0)
     random = torch.Generator().manual_seed(0)
     lengths = torch.randint(args.prompt // 4, args.prompt + 1, (args.rollouts,), generator=random).tolist()
     prompts = [torch.randint(2, model.vocab_size, (length,), generator=random).tolist() for length in lengths]
+    # Random weights say every token about as often as any other: so many of them make answers of that length.
+    num_stops = round(model.vocab_size / args.mean_length) if args.mean_length else 0
+    stops = frozenset(range(2, 2 + num_stops))
+
+    def ours_rate(engine: Engine) -> float:
+        engine.update_weights({}, f"turn {clocks.now()}")
+        start = clocks.now()
+        answers = [list(own.ids) for [own] in engine.generate(requests(prompts, params, stops))]
+        return useful(answers, stops) / (clocks.now() - start)
+
+    def their_rate() -> float:
+        start = clocks.now()
+        answers = theirs(peer, prompts, params, stops)
+        return useful(answers, stops) / (clocks.now() - start)
+
     for name, own in variants(model, args.formats):
         engine = engine_of(own, is_compiled=args.compile, cache_type=args.cache_type)
-        rows = turns(
-            max(3, args.repeats // 2),
-            lambda engine=engine: whole(engine, prompts, params),
-            lambda: seconds(lambda: theirs(peer, prompts, params)),
-        )
+        rows = turns(max(3, args.repeats // 2), lambda engine=engine: ours_rate(engine), their_rate)
         mine, other = medians(rows)
-        made = args.rollouts * args.tokens
-        ratio = statistics.median(other / mine for mine, other in rows)
-        rates = {"tokens_per_second": made / mine, "transformers": made / other}
-        tell(case="rollout", format=name, prompts=args.rollouts, **rates, ratio=ratio)
+        ratio = statistics.median(mine / other for mine, other in rows)
+        about = {"prompts": args.rollouts, "mean_length": args.mean_length}
+        tell(case="rollout", format=name, **about, tokens_per_second=mine, transformers=other, ratio=ratio)
+
+
+def useful(answers: Sequence[Sequence[int]], stops: frozenset[int]) -> int:
+    """Tokens before the first stop; what comes after it fills up a row. One more for the stop itself."""
+    total = 0
+    for answer in answers:
+        ends = (place for place, token in enumerate(answer) if token in stops)
+        total += 1 + next(ends, len(answer) - 1)
+    return total
 
 
 @contextmanager
@@ -285,6 +305,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to make for each prompt")
     parser.add_argument("--rollouts", type=int, default=64, help="prompts of the case rollout")
+    parser.add_argument("--mean-length", type=int, default=20, help="of rollouts, about; 0: none ends before --tokens")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--cache-type", choices=get_args(CacheType), default="model", help="float16 halves what many answers read"

@@ -71,8 +71,10 @@ def engine_of(model: Any, *, is_compiled: bool, cache_type: CacheType = "model")
     return Engine(model, tokenizer, EngineConfig(cache_bytes=1 << 29, compile=is_compiled, cache_type=cache_type))
 
 
-def requests(prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
-    return [Request(f"request {next(_NUMBERS)}", tuple(prompt), params) for prompt in prompts]
+def requests(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, stop_ids: frozenset[int] = frozenset()
+) -> list[Request]:
+    return [Request(f"request {next(_NUMBERS)}", tuple(prompt), params, stop_ids=stop_ids) for prompt in prompts]
 
 
 def ours(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
@@ -80,7 +82,9 @@ def ours(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParam
     return [list(completion.ids) for (completion,) in engine.generate(requests(prompts, params))]
 
 
-def theirs(model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+def theirs(
+    model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, stop_ids: frozenset[int] = frozenset()
+) -> list[list[int]]:
     width = max(map(len, prompts))
     tokens_BT = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     seen_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -91,7 +95,7 @@ def theirs(model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams)
         min_new_tokens=None,
         do_sample=is_sampled,
         pad_token_id=PAD,
-        eos_token_id=None,
+        eos_token_id=sorted(stop_ids) or None,
         **options,
     )
     with torch.inference_mode():
