@@ -22,6 +22,7 @@ COMMANDS = (
     ("chat", "chat", "talk with a model in the terminal"),
     ("complete", "complete", "continue a text"),
     ("compare", "compare", "the same prompts, several models, side by side"),
+    ("judge", "judge", "whose answers a reward model prefers"),
     ("eval", "eval", "measure a model"),
     ("card", "card", "write and show the card of a run"),
     ("data", "data", "the corpora fledge can read, and what is in them"),

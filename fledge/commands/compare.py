@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; `UserError` for a model, a prompt or a number that cannot be used."""
-    prompts = [*args.prompt, *(_lines(args.file) if args.file else [])]
+    prompts = [*args.prompt, *(lines_of(args.file) if args.file else [])]
     if not prompts:
         raise UserError("nothing to ask; give --prompt TEXT or --file FILE")
     if not all(prompt.strip() for prompt in prompts):
@@ -87,7 +87,7 @@ def _as_json(prompt: str, names: Sequence[str], row: Sequence[Completion]) -> di
     return {"prompt": prompt, "answers": answers}
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """The lines of a file that hold something."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
