@@ -64,7 +64,7 @@ async def create(request: Request, body: TuningRequest, principal: Owner) -> Res
         suffix=body.suffix,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         method=method,
-        integrations=None if body.integrations is None else [one.model_dump() for one in body.integrations],
+        integrations=_given(body),
         labels=body.metadata,
         result_files=[],
     )
@@ -163,6 +163,12 @@ def _inert(body: TuningRequest) -> dict[str, str]:
         told = [f"method.reinforcement.hyperparameters.{name}" for name in inert]
         notes["x-fledge-inert"] = ", ".join([*filter(None, [notes.get("x-fledge-inert")]), *told])
     return notes
+
+
+def _given(body: TuningRequest) -> list[dict[str, Any]] | None:
+    """The integrations as they were asked for: published are `tags` or none, never null."""
+    asked = body.integrations
+    return None if asked is None else [one.model_dump(exclude_none=True) for one in asked]
 
 
 def _method(body: TuningRequest) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """`make conformance`: schemathesis against the server, by our own OpenAPI document with every check, and by the
 published one, cut down to the operations that are served, for failures, ignored keys and answers that break its schema.
 
-    python tests/conformance/schemas.py [--published FILE] [--seconds N]
+    python tests/conformance/schemas.py [--published FILE] [--seconds N] [--seed N]
 
 The published document is the reader's to give (by default the copy beside the checkout, if there is one); without it
-that part is left out and said so. Its statuses are not checked: it lists 200 and little else.
+that part is left out and said so. Its statuses are not checked: it lists 200 and little else. The requests follow from
+the seed; how many of them are made, from the time. `make schemas` takes more of it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ MARK = "## Against the OpenAPI documents"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--published", type=Path, default=PUBLISHED, help="the published OpenAPI document")
-    parser.add_argument("--seconds", type=int, default=240, help="for each document (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=60, help="for each document (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests (default: %(default)s)")
     parser.add_argument("--examples", type=int, default=10, help="of each operation, at most (default: %(default)s)")
     args = parser.parse_args()
     cache = Path(os.environ.get("FLEDGE_HOME") or Path.home() / ".cache" / "fledge") / "conformance"
@@ -53,9 +55,10 @@ def main() -> int:
             path.write_text(json.dumps(document), encoding="utf-8")
             command = [str(python.with_name("schemathesis")), "--config-file", str(HERE / "schemathesis.toml")]
             command += ["run", str(path), "--url", url, "--header", f"Authorization: Bearer {KEY}"]
-            command += ["--checks", checks, "--phases", phases, "--max-examples", str(args.examples), "--seed", "0"]
-            command += ["--max-time", str(args.seconds), "--continue-on-failure", "--suppress-health-check", "all"]
-            command += ["--warnings", "off", "--generation-database", "none"]
+            command += ["--checks", checks, "--phases", phases, "--max-examples", str(args.examples)]
+            command += ["--seed", str(args.seed), "--max-time", str(args.seconds), "--continue-on-failure"]
+            command += ["--suppress-health-check", "all", "--warnings", "off", "--generation-database", "none"]
+            command += ["--request-timeout", "60"]  # of a machine that has other work too
             done = subprocess.run(command, cwd=name, text=True, capture_output=True, check=False)
             print(done.stdout[-20_000:], done.stderr[-2000:], sep="\n")
             rows.append((title, num_operations(document), *found(done.stdout), done.returncode))

@@ -98,6 +98,7 @@ async def test_inert_fields_are_named_in_a_header(client: httpx2.AsyncClient) ->
     assert answer.status_code == 200, answer.text
     place = "method.reinforcement.hyperparameters.eval_interval"
     assert answer.headers["x-fledge-inert"] == f"integrations, {place}"
+    assert answer.json()["integrations"] == integrations, "more is told than was asked"
 
 
 async def test_a_waiting_job_is_paused_resumed_and_cancelled_at_once(client: httpx2.AsyncClient) -> None:
