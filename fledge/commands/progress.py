@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TextIO
 
 from fledge.types import Metrics
 
@@ -28,8 +27,8 @@ class JsonLines:
 class Lines:
     """One line per stage, one now and then (a live one in a terminal) for the steps within."""
 
-    def __init__(self, out: TextIO | None = None) -> None:
-        self._out = out or sys.stderr
+    def __init__(self) -> None:
+        self._out = sys.stderr
         self._is_live = self._out.isatty()
         self._every = TERMINAL_EVERY_SECONDS if self._is_live else LOG_EVERY_SECONDS
         self._shown_at = 0.0

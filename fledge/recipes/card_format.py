@@ -58,8 +58,8 @@ def decimals_for(values: Sequence[float]) -> int:
     return min(6, max(0, 3 - math.floor(math.log10(largest))))
 
 
-def percent(share: float, decimals: int = 1) -> str:
-    return f"{100 * share:,.{decimals}f}".replace("-", "−")
+def percent(share: float) -> str:
+    return f"{100 * share:,.1f}".replace("-", "−")
 
 
 def count(value: float | None) -> str:

@@ -43,7 +43,6 @@ from fledge.train.optim import OptimizerSet
 from fledge.types import SamplingParams
 
 BYTES_PER_TOKEN = 3.6  # English with a vocabulary of a few thousand tokens; the corpus stage measures the real figure
-CHAT_MESSAGES_TOKENS = 14  # mean of a chat message
 PROBE_STEPS, PROBE_WARMUP = 16, 4  # the first ones share the cores with the compiler's own processes
 FORWARD_PROBES = 3
 PROBE_TOKENS = 200_000  # for counting n-grams

@@ -186,12 +186,8 @@ def make_labels(
     judging, answering = makers
     with working_in(folder):
         given = [one for example in taken.examples for one in _given(example)]
-        known = {prompt_text(one.prompt) for one in given}
-        prompts = [one for one in prompts_of(taken.examples) if prompt_text(one.prompt) not in known]
-        config = replace(configs[1], maker=answering.identity, answers=2)
-        said = draw_answers(answering.model, prompts, config, folder / "answers.jsonl", _told(listener))
-        drawn = [Candidates(p.prompt, (a, b), p.provenance) for p, (a, b) in zip(prompts, said, strict=True)]
-        usable, lost = _sound(drawn)
+        drawn = _drawn(answering, taken, given, replace(configs[1], answers=2), folder, listener)
+        usable, lost = _sound([Candidates(p.prompt, (a, b), p.provenance) for p, (a, b) in drawn])
         labelling = replace(configs[0], labeler=judging.identity)
         journal = folder / "comparisons.jsonl"
         candidates = [*given, *usable]
@@ -203,7 +199,7 @@ def make_labels(
             **_origin(judging, constitution, taken),
             "answers of": answering.identity,
             "pairs given": len(given),
-            "prompts answered": len(prompts),
+            "prompts answered": len(drawn),
             "labels": written,
             "dropped": {**lost, **unwritable},
             "metrics": found.metrics,
@@ -225,14 +221,9 @@ def make_rule_labels(
     judging, answering = makers
     with working_in(folder):
         given = [Answered(prompt_of(e), text, e.provenance) for e in taken.examples for text in answers_of(e)]
-        known = {prompt_text(one.prompt) for one in given}
-        prompts = [one for one in prompts_of(taken.examples) if prompt_text(one.prompt) not in known]
-        config = replace(configs[1], maker=answering.identity)
-        said = draw_answers(answering.model, prompts, config, folder / "answers.jsonl", _told(listener))
-        drawn = [
-            Answered(p.prompt, text, p.provenance) for p, texts in zip(prompts, said, strict=True) for text in texts
-        ]
-        answers = [one for one in (*given, *drawn) if one.answer]
+        drawn = _drawn(answering, taken, given, configs[1], folder, listener)
+        everything = [*given, *(Answered(p.prompt, text, p.provenance) for p, texts in drawn for text in texts)]
+        answers = [one for one in everything if one.answer]
         ruling = replace(configs[0], labeler=judging.identity)
         found = judge(judging.model, answers, constitution, ruling, folder / "judgements.jsonl", _told(listener))
         written, unwritable = _write(folder / "labels.jsonl", found.labels, "labels")
@@ -243,7 +234,7 @@ def make_rule_labels(
             "answers judged": len(answers),
             "labels": written,
             "rankings": rankings,
-            "dropped": {"the model said nothing": len(given) + len(drawn) - len(answers), **unwritable},
+            "dropped": {"the model said nothing": len(everything) - len(answers), **unwritable},
             "metrics": found.metrics,
         }
         write_json(folder / "report.json", report)
@@ -314,6 +305,22 @@ def _given(example: FeedbackExample) -> list[Candidates]:
         return []
     texts = sorted(set(answers_of(example)))
     return [Candidates(example.prompt, (a, b), example.provenance) for a, b in combinations(texts, 2)]
+
+
+def _drawn(
+    answering: Maker,
+    taken: Taken,
+    given: Sequence[Candidates | Answered],
+    config: AnswerConfig,
+    folder: Path,
+    listener: Listener,
+) -> list[tuple[PromptExample, Sequence[str]]]:
+    """Answers to the prompts that came without any."""
+    known = {prompt_text(one.prompt) for one in given}
+    prompts = [one for one in prompts_of(taken.examples) if prompt_text(one.prompt) not in known]
+    config = replace(config, maker=answering.identity)
+    said = draw_answers(answering.model, prompts, config, folder / "answers.jsonl", _told(listener))
+    return list(zip(prompts, said, strict=True))
 
 
 def _sound(drawn: Sequence[Candidates]) -> tuple[list[Candidates], dict[str, int]]:

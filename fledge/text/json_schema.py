@@ -79,7 +79,7 @@ def parse_schema(text: str) -> Schema | bool:
     return schema
 
 
-def reduce_schema(schema: Schema | bool, *, whitespace_flexible: bool = False) -> Schema:
+def reduce_schema(schema: Schema | bool) -> Schema:
     """The schema with its annotations left away, ready for the grammar library.
 
     Without a wish of the schema's own (`x-guidance`) the JSON is compact: models that are weak lose themselves in
@@ -89,7 +89,7 @@ def reduce_schema(schema: Schema | bool, *, whitespace_flexible: bool = False) -
         if not schema:
             raise UserError("the JSON schema is false: nothing satisfies it")
         schema = {}
-    options = {"whitespace_flexible": whitespace_flexible, **_options(schema.get("x-guidance", {}))}
+    options = {"whitespace_flexible": False, **_options(schema.get("x-guidance", {}))}
     places = dict(_places(schema))
     for path, place in places.items():
         if isinstance(place, dict):

@@ -4,8 +4,6 @@ ensembles of reward models, Python functions as rewards."""
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import align_world as world
 import pytest
 import torch
+from align_world import Killed, Silent
 
 from fledge import cli
 from fledge.config import override
@@ -22,44 +21,11 @@ from fledge.recipes.align import AlignOrder, align, plan_of
 from fledge.recipes.align_models import own_stages
 from fledge.text.chat import ChatRenderer
 from fledge.text.prefixed import PrefixedRenderer
-from fledge.types import Conversation, Metrics
+from fledge.types import Conversation
 
 SMALL = ("outcome.max_tokens=8", "outcome.prompts=4", "train.fit.batch=4")
 SHORT = ("train.prompt_length=30", "train.response_length=8", "outcome.max_tokens=8", "outcome.prompts=4")
 GROUPS = (*SHORT, "train.warmup_rounds=1", "train.rounds=2", "train.minibatch=16", "train.prompts=4", "train.group=4")
-
-
-class Silent:
-    def __init__(self, stage: str | None = None, step: int | None = None) -> None:
-        self.fatal = (stage, step)
-
-    def stage(self, name: str, status: str, note: str) -> None: ...
-
-    def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
-        if (stage, step) == self.fatal:
-            raise Killed
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.plant(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def folder(planted: Path, tmp_path: Path) -> Path:
-    shutil.copytree(planted, tmp_path / "world")
-    return tmp_path / "world"
-
-
-@pytest.fixture(autouse=True)
-def _indifferent() -> Iterator[None]:
-    """A run switches deterministic algorithms on; other tests need not have them."""
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def order(folder: Path, method: str, data: str, *overrides: str, **others: Any) -> AlignOrder:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import align_world as world
 import pytest
-import torch
 
 from fledge.formats.checkpoint import load_model
 from fledge.models.scalar import ScalarModel
@@ -30,18 +28,6 @@ class Heard:
 
     def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
         pass
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.plant(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _indifferent() -> Iterator[None]:
-    """A run switches deterministic algorithms on; other tests need not have them."""
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def order(folder: Path, *overrides: str) -> AlignOrder:

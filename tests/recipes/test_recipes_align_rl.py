@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import align_memory
-import align_world as world
 import pytest
 import torch
+from align_world import Silent
 
 from fledge.errors import ConfigError
 from fledge.files import sha256_file
 from fledge.recipes.align import AlignOrder, align, plan_of
-from fledge.types import Metrics
 
 SHORT = (
     *("train.prompt_length=30", "train.response_length=8", "outcome.max_tokens=8", "outcome.prompts=2"),
     *("train.warmup_rounds=1", "train.minibatch=16", "train.prompts=4", "train.group=4"),
 )
-
-
-class Silent:
-    def stage(self, name: str, status: str, note: str) -> None:
-        pass
-
-    def step(self, stage: str, step: int, num_steps: int, metrics: Metrics) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.plant(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _indifferent() -> Iterator[None]:
-    """A run switches deterministic algorithms on; other tests need not have them."""
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def order(folder: Path, *overrides: str, **others: Any) -> AlignOrder:

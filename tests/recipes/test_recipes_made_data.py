@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import align_world as world
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "synth"))
+from align_world import Silent
 from scripted import Scripted
 
 from fledge.data import interchange
@@ -49,11 +48,6 @@ SENTENCE = "river stone candle harbour tailor orchard violin glacier market lant
 WORDS = SENTENCE.split()
 
 
-class Silent:
-    def stage(self, name: str, status: str, note: str) -> None: ...
-    def step(self, stage: str, step: int, num_steps: int, metrics: Any) -> None: ...
-
-
 def speak(ask: Ask) -> str:
     """New tasks, answers and revisions: whatever a prompt of ours asks for."""
     draw = random.Random(ask.params.seed)
@@ -82,13 +76,6 @@ def maker(reply: Callable[[Ask], str] = speak, name: str = "m 1") -> Maker:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.plant(tmp_path_factory.mktemp("world"), positions=128)
-
-
-@pytest.fixture(autouse=True)
-def _indifferent() -> Iterator[None]:
-    """A run switches deterministic algorithms on; other tests need not have them."""
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def aligned(folder: Path, method: str, data: Path, name: str) -> Path:
