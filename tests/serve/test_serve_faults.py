@@ -1,6 +1,6 @@
 """What breaks around a server: a locked database, a full disk, slow and vanished clients, many of them, its own end.
 
-Over a real socket where the socket is the matter. `kill -9` of an engine under load is in test_serve_real.py.
+Over a real socket where the socket is the matter. `kill -9` under load is in test_serve_kill.py.
 """
 
 from __future__ import annotations

@@ -10,11 +10,8 @@ from typing import Any
 
 import httpx2
 import pytest
-import torch
+from real_server import write_checkpoint
 
-from fledge.config import to_json
-from fledge.formats.checkpoint import CheckpointInfo, save_model
-from fledge.models.gpt import GPT, GPTConfig
 from fledge.serve.app import make_app, make_state
 from fledge.serve.hub import ModelEntry
 from fledge.serve.loading import ProcessLoader, read_renderer
@@ -22,8 +19,6 @@ from fledge.serve.state import ServerConfig
 from fledge.store.blobs import Blobs
 from fledge.store.database import Database, sqlite_url
 from fledge.store.keys import KeyRequest, create_key
-from fledge.text.chat import ChatRenderer
-from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 HELLO = {
@@ -32,18 +27,6 @@ HELLO = {
     "temperature": 0,
     "max_tokens": 12,
 }
-
-
-def write_checkpoint(directory: Path) -> Path:
-    tokenizer = train_tokenizer(["the rain in the garden, 园里下雨"] * 20, TokenizerConfig(vocab_size=300))
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, max_positions=256))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.5, generator=generator)
-    hashes = {"tokenizer_hash": tokenizer.hash, "template_hash": ChatRenderer(tokenizer).hash}
-    save_model(directory, model, tokenizer, CheckpointInfo("gpt", to_json(model.config), "pretrain", **hashes))
-    return directory
 
 
 async def test_a_real_model_answers_streams_scores_embeds_and_survives_kill_9(tmp_path: Path) -> None:
