@@ -98,13 +98,8 @@ class Bench:
     def told(self, do: str, seed: int, **more: Any) -> Told:
         size = self.size
         shared = {"vocab": size.model.vocab_size, "length": size.length, "response": size.response, "lr": size.lr}
-        answer = self.ask(
-            do=do,
-            model=str(self.folder / "model"),
-            seed=seed,
-            steps=self.args.steps,
-            **{**shared, "betas": BETAS, "eps": EPS, "clip": CLIP, "batch": size.rows, **more},
-        )
+        usual = {"model": str(self.folder / "model"), "betas": BETAS, "eps": EPS, "clip": CLIP, "batch": size.rows}
+        answer = self.ask(do=do, seed=seed, steps=self.args.steps, **{**shared, **usual, **more})
         return answer["values"], answer["marks"]
 
 
@@ -271,19 +266,26 @@ def compare(bench: Bench, case: str) -> None:
     ratios = [seconds(t[1], clock) / seconds(o[1], clock) for o, t in runs]
     told: dict[str, Any] = {"case": case, "size": bench.name, "steps": bench.args.steps, "mean_of_last": last}
     told |= {"fledge": mine, "trl": other, "difference": statistics.mean(mine) - statistics.mean(other)}
-    if case in ("grpo", "ppo"):
-        spreads = [statistics.variance(side) / len(side) if len(side) > 1 else float("nan") for side in (mine, other)]
-        told["noise"] = 2 * sum(spreads) ** 0.5
-        told["agrees"] = abs(told["difference"]) <= told["noise"]
-        told["first"] = [statistics.mean(run[side][0][0] for run in runs) for side in (0, 1)]
-    else:
-        told["largest_gap"] = max(abs(a - b) for o, t in runs for a, b in zip(o[0], t[0], strict=True))
-        told["agrees"] = told["largest_gap"] <= TOLERANCE
+    told |= sampled(runs, mine, other) if case in ("grpo", "ppo") else same_batches(runs)
     for name, which in (("wall", 0), ("cpu", 1)):
         told[f"fledge_{name}_ms"], told[f"trl_{name}_ms"] = (
             1e3 * statistics.median(seconds(run[side][1], which) for run in runs) for side in (0, 1)
         )
     tell(**told, ratio=statistics.median(ratios), clock=bench.args.clock)
+
+
+def sampled(runs: Sequence[tuple[Told, Told]], mine: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Answers are drawn: two standard errors of the difference of means are what seeds alone would make."""
+    first = [statistics.mean(run[side][0][0] for run in runs) for side in (0, 1)]
+    if len(runs) < 2:
+        return {"first": first}
+    noise = 2 * sum(statistics.variance(side) / len(side) for side in (mine, other)) ** 0.5
+    return {"first": first, "noise": noise, "agrees": abs(statistics.mean(mine) - statistics.mean(other)) <= noise}
+
+
+def same_batches(runs: Sequence[tuple[Told, Told]]) -> dict[str, Any]:
+    gap = max(abs(a - b) for ours, theirs in runs for a, b in zip(ours[0], theirs[0], strict=True))
+    return {"largest_gap": gap, "agrees": gap <= TOLERANCE}
 
 
 def tell(**what: Any) -> None:
@@ -295,7 +297,7 @@ def short(value: Any) -> Any:
         return {name: short(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [short(inner) for inner in value]
-    return round(value, 5) if isinstance(value, float) else value
+    return round(value, 6) if isinstance(value, float) else value
 
 
 @contextmanager

@@ -52,9 +52,9 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(LlamaConfig(20, 64, 2, 4, 2, 128), 6, 12, lr=1e-3, base_lr=3e-3, base_steps=100, ends=0.15),
+    "tiny": Size(LlamaConfig(20, 64, 2, 4, 2, 128, 32), 6, 12, lr=1e-3, base_lr=3e-3, base_steps=100, ends=0.15),
     "small": Size(
-        LlamaConfig(258, 192, 4, 6, 2, 512), 16, 64, lr=3e-4, base_lr=2e-3, base_steps=150, ends=0.03, ppo_epochs=1
+        LlamaConfig(130, 128, 3, 4, 2, 344, 64), 8, 48, lr=1e-3, base_lr=3e-3, base_steps=60, ends=0.04, ppo_epochs=1
     ),
 }
 
