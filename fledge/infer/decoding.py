@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ class CompiledDecoder:
         # torch keeps its graphs by code object, and closures of one function share theirs.
         step.__code__ = step.__code__.replace()
         # The C++ wrapper calls kernel after kernel without going back to Python.
-        options = {"cpp_wrapper": True, "guard_filter_fn": _no_guards}
+        options: dict[str, str | int | bool | Callable[..., Any]] = {"cpp_wrapper": True, "guard_filter_fn": _no_guards}
         return torch.compile(step, dynamic=False, fullgraph=True, options=options)
 
 
