@@ -50,8 +50,8 @@ class EngineConfig:
     steps of few answers as compiled code (decoding.py); None leaves it off, because it makes the first answers wait.
     Up to `num_draft` tokens are guessed ahead and checked at once (speculate.py); the answers stay the same.
     `cache_type` "float16" keeps keys and values at half precision: twice as many positions in the same memory, which
-    long or many answers read in half the time; answers then differ a little from the oracle's, but still do not depend
-    on what else the engine does. "model" keeps them as the model computes them.
+    long or many answers read in half the time; answers then differ from the oracle's by that rounding. "model" keeps
+    them as the model computes them.
     """
 
     cache_bytes: int = 1 << 30

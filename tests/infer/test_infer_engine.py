@@ -396,8 +396,8 @@ def test_what_cannot_be_an_engine_is_refused(llama: CausalModel) -> None:
 
 
 def test_a_cache_of_half_precision_takes_half_the_memory_and_answers_depend_on_nothing_else(llama: CausalModel) -> None:
-    exact = engine_of(llama)
-    [expected] = exact.generate(asking([PREFIX], GREEDY))[0]
+    exact, params = engine_of(llama), SamplingParams(max_tokens=10, seed=4)
+    [expected] = exact.generate(asking([PREFIX], params))[0]
     found = []
     for options in (
         {},
@@ -407,11 +407,12 @@ def test_a_cache_of_half_precision_takes_half_the_memory_and_answers_depend_on_n
     ):
         engine = engine_of(llama, cache_type="float16", **options)
         for _ in range(2):  # the second time from the cache
-            found.append([own for [own] in engine.generate(asking(PROMPTS, GREEDY))])
+            found.append([own for [own] in engine.generate(asking(PROMPTS, params))])
     for told in found[1:]:
         assert [own.ids for own in told] == [own.ids for own in found[0]]
         for own, other in zip(told, found[0], strict=True):
-            assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+            # A last digit of float32 may decide how a key is rounded to half precision, so not to 1e-5.
+            assert own.logprobs == pytest.approx(other.logprobs, abs=1e-3)
     rounded = found[0][0].logprobs[0]
     assert rounded != expected.logprobs[0]
     assert rounded == pytest.approx(expected.logprobs[0], abs=1e-2)
