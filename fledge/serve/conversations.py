@@ -100,7 +100,7 @@ async def delete(request: Request, conversation_id: str, principal: User) -> Res
 
 @router.post("/{conversation_id}/items", responses={200: {"model": ItemList}})
 async def add_items(
-    request: Request, conversation_id: str, body: ItemsRequest, principal: User, include: Include = None
+    request: Request, conversation_id: str, body: ItemsRequest, principal: User, include: Include
 ) -> Response:
     state = state_of(request)
     row = await _find(state, principal, conversation_id)
@@ -111,7 +111,7 @@ async def add_items(
 
 @router.get("/{conversation_id}/items", responses={200: {"model": ItemList}})
 async def list_items(
-    request: Request, conversation_id: str, principal: User, cursor: NewestFirst, include: Include = None
+    request: Request, conversation_id: str, principal: User, cursor: NewestFirst, include: Include
 ) -> Response:
     state = state_of(request)
     row = await _find(state, principal, conversation_id)
@@ -121,7 +121,7 @@ async def list_items(
 
 @router.get("/{conversation_id}/items/{item_id}")
 async def retrieve_item(
-    request: Request, conversation_id: str, item_id: str, principal: User, include: Include = None
+    request: Request, conversation_id: str, item_id: str, principal: User, include: Include
 ) -> Response:
     state = state_of(request)
     row = await _find(state, principal, conversation_id)

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from fledge.serve.chat_answer import logprob_entry, padding
 from fledge.serve.chat_messages import Toolbox
 from fledge.serve.engine import ServedModel
+from fledge.serve.sse import encode
 from fledge.store.pages import new_id
 from fledge.text.tools import CallDelta, CallReader
 from fledge.types import TokenEvent
 
 Event = dict[str, Any]
 
-
+_PADDED = ("response.output_text.delta", "response.function_call_arguments.delta")
 # Why an answer is cut short, by the engine's reason: what `incomplete_details` says.
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
@@ -175,6 +178,18 @@ def told_again(response: dict[str, Any]) -> Iterator[Event]:
             yield {"type": "response.function_call_arguments.delta", **place, "delta": item["arguments"]}
         yield from _closing_events(item, index)
     yield {"type": f"response.{response['status']}", "response": response}
+
+
+def repadded(event: bytes, *, is_padded: bool) -> bytes:
+    """An encoded event with padding or without it, however it was written."""
+    told: Event = msgspec.json.decode(event)
+    if told["type"] in _PADDED and is_padded != ("obfuscation" in told):
+        if is_padded:
+            told["obfuscation"] = padding({"content": told["delta"]})
+        else:
+            del told["obfuscation"]
+        return encode(told)
+    return event
 
 
 def _told_part(part: Event, place: Event) -> Iterator[Event]:

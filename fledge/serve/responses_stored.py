@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from fledge.serve.auth import Principal, needs
 from fledge.serve.errors import not_found, refused
 from fledge.serve.jobs import Job
-from fledge.serve.responses_events import told_again
+from fledge.serve.responses_events import repadded, told_again
 from fledge.serve.responses_wire import ResponseObject
 from fledge.serve.sse import EventStream, encode, json_response
 from fledge.serve.state import State, state_of
@@ -30,12 +31,13 @@ async def retrieve(
     request: Request,
     response_id: str,
     principal: User,
+    include: Include,
     stream: bool = False,
     starting_after: Annotated[int | None, Query(ge=-1, lt=2**53)] = None,
-    include: Include = None,
     include_obfuscation: bool | None = None,
 ) -> Response:
-    """`starting_after` is the `sequence_number` of the last event that the client has."""
+    """`starting_after` is the `sequence_number` of the last event that the client has. Without `include_obfuscation`
+    the events are as they were written."""
     state = state_of(request)
     row = await _settled(state, await _find(state, principal, response_id))
     if not stream:
@@ -44,7 +46,8 @@ async def retrieve(
     job = await state.jobs.rejoin(principal.owner, response_id)
     if job is None:
         job = _retold(row)
-    return EventStream(job, start=start, is_named=True)
+    edit = None if include_obfuscation is None else partial(repadded, is_padded=include_obfuscation)
+    return EventStream(job, start=start, is_named=True, edit=edit)
 
 
 @router.post("/{response_id}/cancel", responses={200: {"model": ResponseObject}})
@@ -73,7 +76,7 @@ async def delete(request: Request, response_id: str, principal: User) -> Respons
 
 @router.get("/{response_id}/input_items")
 async def input_items(
-    request: Request, response_id: str, principal: User, cursor: NewestFirst, include: Include = None
+    request: Request, response_id: str, principal: User, cursor: NewestFirst, include: Include
 ) -> Response:
     row = await _find(state_of(request), principal, response_id)
     return json_response(list_answer(*page_of(row.inputs, cursor)))

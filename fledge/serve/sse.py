@@ -7,7 +7,7 @@ the connection open. A failure after the first event is told in the stream, as `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -29,7 +29,8 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 class EventStream(Response):
-    """Follows a job from event `start` on. `is_named` adds each event's type, `is_numbered` its number as `id`."""
+    """Follows a job from event `start` on. `is_named` adds each event's type, `is_numbered` its number as `id`, and
+    `edit` has the last word on what an event says."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class EventStream(Response):
         start: int = 0,
         is_named: bool = False,
         is_numbered: bool = False,
+        edit: Callable[[bytes], bytes] | None = None,
         keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers={"x-fledge-job": job.id})
@@ -46,7 +48,7 @@ class EventStream(Response):
         self.raw_headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         self._job, self._start = job, start
         self._is_named, self._is_numbered = is_named, is_numbered
-        self._keep_alive_seconds = keep_alive_seconds
+        self._edit, self._keep_alive_seconds = edit, keep_alive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send(send))
@@ -88,7 +90,7 @@ class EventStream(Response):
         return {**told, "sequence_number": number}
 
     def _spell(self, number: int, event: bytes) -> bytes:
-        data = b"data: " + event + b"\n\n"
+        data = b"data: " + (event if self._edit is None else self._edit(event)) + b"\n\n"
         if self._is_numbered:
             data = b"id: %d\n" % number + data
         return b"event: " + _type_of(event) + b"\n" + data if self._is_named else data

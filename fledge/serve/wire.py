@@ -111,7 +111,20 @@ IncludeName = Literal[
     "reasoning.encrypted_content",
     "message.output_text.logprobs",
 ]
-Include = Annotated[list[IncludeName] | None, Query(max_length=16)]
+
+
+_Names = list[IncludeName] | None
+
+
+def _included(
+    include: Annotated[_Names, Query(max_length=16)] = None,
+    bracketed: Annotated[_Names, Query(alias="include[]", max_length=16, include_in_schema=False)] = None,
+) -> list[IncludeName]:
+    """The published clients write a list in a query with brackets, which the published document does not tell."""
+    return [*(include or ()), *(bracketed or ())]
+
+
+Include = Annotated[list[IncludeName], Depends(_included)]
 
 
 def _paged(first: Order) -> Any:

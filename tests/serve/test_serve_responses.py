@@ -127,6 +127,22 @@ async def test_a_stored_stream_is_told_again_from_any_event_on(client: httpx2.As
     assert later == again[4:]
 
 
+async def test_a_stream_is_told_again_with_or_without_padding_whatever_it_was(client: httpx2.AsyncClient) -> None:
+    for was_padded in (True, False):
+        options = {"include_obfuscation": was_padded}
+        asked = {"input": "Hi", "stream": True, "background": True, "stream_options": options}
+        written = events((await client.post(PATH, json=asked)).text)
+        place = f"{PATH}/{written[0]['response']['id']}?stream=true"
+        assert events((await client.get(place)).text) == written
+        bare = events((await client.get(f"{place}&include_obfuscation=false")).text)
+        padded = events((await client.get(f"{place}&include_obfuscation=true")).text)
+        deltas = [event for event in padded if event["type"] == "response.output_text.delta"]
+        assert deltas
+        assert len({len(event["delta"].encode()) + len(event["obfuscation"]) for event in deltas}) == 1
+        assert not any("obfuscation" in event for event in bare)
+        assert bare == [{key: event[key] for key in event if key != "obfuscation"} for event in padded]
+
+
 async def test_the_background_goes_on_and_its_events_are_its_own(client: httpx2.AsyncClient, server: Server) -> None:
     server.engine.gate, server.engine.gate_place = asyncio.Event(), 3
     made = (await client.post(PATH, json={"input": "Hi", "background": True})).json()
@@ -241,10 +257,11 @@ async def test_an_unknown_wish_is_refused_wherever_it_may_be_said(client: httpx2
     item = (await client.get(f"/v1/conversations/{talk}/items")).json()["first_id"]
     places = (f"{PATH}/{made}", f"{PATH}/{made}/input_items", f"/v1/conversations/{talk}/items")
     for place in (*places, f"/v1/conversations/{talk}/items/{item}"):
-        known = await client.get(place, params={"include": "message.output_text.logprobs"})
-        assert known.status_code == 200
-        answer = await client.get(place, params={"include": wish})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "include[0]"), place
+        for name, said in (("include", "include[0]"), ("include[]", "include[][0]")):
+            known = await client.get(place, params={name: "message.output_text.logprobs"})
+            assert known.status_code == 200
+            answer = await client.get(place, params={name: wish})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, said), place
 
 
 async def test_huge_numbers_in_a_schema_do_no_harm(client: httpx2.AsyncClient) -> None:
