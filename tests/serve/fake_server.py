@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
-from serve_fakes import FakeEngine, Server, serving
+from serve_fakes import FakeEngine, FakeStream, Server, serving
+
+from fledge.types import Request
 
 
 def make_server(app: object, port: int) -> uvicorn.Server:
@@ -53,9 +55,18 @@ def listening(folder: Path, engine: FakeEngine | None = None) -> Iterator[tuple[
         thread.join()
 
 
+class Forgetful(FakeEngine):
+    """Remembers the last requests only: over hours its own memory would be what grows."""
+
+    def submit(self, request: Request) -> FakeStream:
+        for log in (self.requests, self.cancelled):
+            del log[:-100]
+        return super().submit(request)
+
+
 async def main(folder: Path, port: int, letters: int) -> None:
     """Prints the key; the engine says so many letters."""
-    async with serving(folder, engine=FakeEngine("q" * letters)) as server:
+    async with serving(folder, engine=Forgetful("q" * letters)) as server:
         print(server.keys["alice"], flush=True)  # noqa: T201
         await make_server(server.app, port).serve()
 
