@@ -167,13 +167,11 @@ def _name_in(given: Any, complaint: Exception) -> str:
 
 def to_grammar(toolbox: Toolbox, form: ResponseFormat | None, style: CallStyle) -> Grammar | None:
     """What the answer is held to; None for any text."""
-    is_plain = form is None or form.type == "text"
-    if toolbox.names and not is_plain:
-        message = "a format together with tools that may be called; set tool_choice to 'none', or ask without tools"
-        raise refused(f"'response_format' is not supported: {message}", "response_format", "unsupported_parameter")
-    if is_plain:
-        return call_grammar(toolbox.tools, toolbox.choice, style, is_parallel=toolbox.is_parallel)
-    assert form is not None
+    said = None if form is None or form.type == "text" else _form(form)
+    return call_grammar(toolbox.tools, toolbox.choice, style, is_parallel=toolbox.is_parallel, said=said)
+
+
+def _form(form: ResponseFormat) -> Grammar:
     if form.type == "json_object":
         return Grammar("json_object")
     if form.json_schema is None:

@@ -135,36 +135,58 @@ def show_tools(conversation: Conversation) -> Conversation:
 
 
 def call_grammar(
-    tools: Sequence[Tool], choice: Choice | str, style: CallStyle, *, is_parallel: bool = True
+    tools: Sequence[Tool],
+    choice: Choice | str,
+    style: CallStyle,
+    *,
+    is_parallel: bool = True,
+    said: Grammar | None = None,
 ) -> Grammar | None:
     """The grammar of an answer under these tools; None where anything may be said.
 
-    `choice` is one of `Choice` or the name of the tool to be called. `UserError` for a name that no tool or two tools
-    have, a choice that needs tools where there are none, and a strict tool that cannot be enforced.
+    `choice` is one of `Choice` or the name of the tool to be called; `said` the form, a JSON schema or object, of an
+    answer without calls ("auto" then means calls or that, not both). `UserError` for a name that no tool or two tools
+    have, a choice that needs tools where there are none, and a strict tool or a schema that cannot be enforced.
     """
     names = [tool.name for tool in tools]
     if len(tools) > MAX_TOOLS or len(set(names)) < len(names):
         raise UserError(f"tools need names of their own, and at most {MAX_TOOLS} are taken, got {len(tools)}")
+    if said is not None and (choice == "none" or not tools):
+        return said
     if choice == "none" or (choice == "auto" and not tools):
         return Grammar("lark", _without_calls(style)) if tools else None
     if choice not in ("auto", "required"):
         tools = [tool for tool in tools if tool.name == choice]
     if not tools:
         raise UserError(f"tool_choice '{choice}' names no tool; known are {', '.join(names) or 'none'}")
-    return Grammar("lark", "\n".join(_call_rules(tools, style, choice == "auto", is_parallel)))
+    rules = _rules_of_calls(tools, style)
+    if choice != "auto":
+        return Grammar("lark", "\n".join((f"start: {_only_calls(style, is_parallel)}", *rules)))
+    if said is None:
+        return Grammar("lark", "\n".join((*_free_text_and_calls(style, is_parallel), *rules)))
+    schema = {"type": "object"} if said.kind == "json_object" else parse_schema(said.text)
+    form = f"said: %json {json.dumps(reduce_schema(schema), ensure_ascii=False)}"
+    return Grammar("lark", "\n".join((f"start: {_only_calls(style, is_parallel)} | said", form, *rules)))
 
 
-def _call_rules(tools: Sequence[Tool], style: CallStyle, is_auto: bool, is_parallel: bool) -> Iterator[str]:
+def _only_calls(style: CallStyle, is_parallel: bool) -> str:
     if style.is_whole_message:
-        yield rf"start: call | /{_NO_BRACE}/" if is_auto else "start: call"
-    elif is_auto:
-        # A lazy rule ends as soon as it can: what opens a call is never swallowed by the text.
-        yield r"start: (opened call)* said" if is_parallel else "start: said | opened call"
-        yield rf"opened[lazy]: /(.|\n)*{_escaped(style.open)}/"
-        yield r"said: /(.|\n)*/"
-    else:
-        opening = json.dumps(style.open)
-        yield f'start: {opening} call ("\\n" {opening} call)*' if is_parallel else f"start: {opening} call"
+        return "call"
+    opening = json.dumps(style.open)
+    return f'{opening} call ("\\n" {opening} call)*' if is_parallel else f"{opening} call"
+
+
+def _free_text_and_calls(style: CallStyle, is_parallel: bool) -> Iterator[str]:
+    if style.is_whole_message:
+        yield rf"start: call | /{_NO_BRACE}/"
+        return
+    # A lazy rule ends as soon as it can: what opens a call is never swallowed by the text.
+    yield r"start: (opened call)* said" if is_parallel else "start: said | opened call"
+    yield rf"opened[lazy]: /(.|\n)*{_escaped(style.open)}/"
+    yield r"said: /(.|\n)*/"
+
+
+def _rules_of_calls(tools: Sequence[Tool], style: CallStyle) -> Iterator[str]:
     yield "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))
     for i, tool in enumerate(tools):
         head, tail = style.head(tool.name).removeprefix(style.open), style.tail

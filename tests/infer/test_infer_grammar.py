@@ -682,6 +682,28 @@ def test_a_random_model_calls_tools_as_it_is_told(
         assert not any(isinstance(part, CallPart) for part in read_calls(answer.text, own, ["weather", "clock"]).parts)
 
 
+@pytest.mark.parametrize("style", ["fledge", "llama3"])
+@pytest.mark.parametrize("form", [Grammar("json_schema", json.dumps(PERSON)), Grammar("json_object")])
+def test_under_a_form_an_answer_is_calls_or_of_that_form(
+    bpe: Tokenizer, bpe_compiler: GrammarCompiler, engine: Engine, style: str, form: Grammar
+) -> None:
+    own, end = STYLES[style], bpe.special_id("<|end|>")
+    tools = [Tool("clock", parameters='{"type": "object", "additionalProperties": false}')]
+    grammar = call_grammar(tools, "auto", own, said=form)
+    assert grammar is not None
+    called = CallPart("clock", "{}").text if own.open else '{"name": "clock", "parameters": {}}'
+    for said in ('{"name":"Ann","age":3,"tags":["a"]}', called):
+        assert end in allowed(bpe_compiler, spell(bpe_compiler.matcher(grammar, [end]), bpe.encode(said))), said
+    for other in ("Hello", "[1]"):
+        assert bpe.encode(other)[0] not in allowed(bpe_compiler, bpe_compiler.matcher(grammar, [end]))
+    for [answer] in engine.generate([ask(bpe, f"{seed}", grammar, max_tokens=120, seed=seed) for seed in range(4)]):
+        parts = read_calls(answer.text, own, ["clock"]).parts
+        if answer.finish_reason == "stop" and not any(isinstance(part, CallPart) for part in parts):
+            jsonschema.validate(json.loads(answer.text), PERSON if form.kind == "json_schema" else {"type": "object"})
+    assert call_grammar(tools, "none", own, said=form) is form
+    assert call_grammar(tools, "required", own, said=form) == call_grammar(tools, "required", own)
+
+
 @pytest.fixture(scope="module")
 def spoken(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tokenizer of a model in which what opens and closes a call is one special token each."""

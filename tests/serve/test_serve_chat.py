@@ -104,6 +104,9 @@ async def test_tools_and_formats_become_grammars(client: httpx2.AsyncClient, ser
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     assert json.loads((await grammar(response_format=form)).text) == schema
+    both = await grammar(response_format=form, tools=[TOOL])
+    assert (both.kind, "said: %json" in both.text) == ("lark", True)
+    assert (await grammar(response_format=form, tools=[TOOL], tool_choice="none")).kind == "json_schema"
 
 
 async def test_logprobs_are_told_for_each_token_but_the_stop(client: httpx2.AsyncClient, server: Server) -> None:
@@ -193,9 +196,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
     (
-        {"tools": [TOOL], "response_format": {"type": "json_object"}},
-        "response_format",
-        "unsupported_parameter",
+        {"tools": [TOOL], "response_format": {"type": "json_schema"}},
+        "response_format.json_schema",
+        "missing_required_parameter",
     ),
     ({"metadata": {"k" * 65: "v"}}, "metadata.k", "invalid_value"),
     ({"model": ""}, "model", "invalid_value"),
