@@ -18,7 +18,7 @@ from fledge.serve.engine import ServedModel
 from fledge.serve.generation import Generation, Shape
 from fledge.serve.jobs import Job
 from fledge.serve.responses_input import Item, Reader, items_before, own_items, sealed_summary, to_conversation
-from fledge.serve.responses_wire import EarlierContext
+from fledge.serve.responses_wire import INPUT_FIELD, EarlierContext
 from fledge.serve.sse import awaited, json_response
 from fledge.serve.state import State, state_of
 from fledge.serve.wire import Answer, FieldRule, Name, obey
@@ -42,7 +42,7 @@ class CompactRequest(EarlierContext):
 
 COMPACT_FIELDS = (
     FieldRule("model", "honoured", "writes the summary"),
-    FieldRule("input", "honoured", "texts, calls and their results; other kinds of items are refused by name"),
+    INPUT_FIELD,
     FieldRule("instructions", "honoured", "the model reads them before the conversation"),
     FieldRule("previous_response_id", "honoured", ""),
     FieldRule("conversation", "extension", "a conversation of /v1/conversations, which stays as it is"),
@@ -78,7 +78,8 @@ async def compact(
 
 
 async def _compact(state: State, principal: Principal, body: CompactRequest, notes: dict[str, str]) -> dict[str, Any]:
-    items = [*await items_before(state.database, principal.owner, body), *own_items(body)]
+    database, owner = state.database, principal.owner
+    items = [*await items_before(database, owner, body), *await own_items(database, owner, body)]
     conversation = to_conversation(body.instructions, items, Toolbox()).then("user", WISH)
     async with state.hub.use(principal.owner, body.model) as model:
         with Generation(state, principal, model, body.model, notes) as generation:

@@ -21,7 +21,7 @@ from fledge.serve.guarding import Guarding
 from fledge.serve.jobs import Job
 from fledge.serve.sse import awaited, encode, json_response, streamed
 from fledge.serve.state import State, state_of
-from fledge.serve.text_answer import TextChoice
+from fledge.serve.text_answer import Prompt, TextChoice
 from fledge.serve.wire import obey
 from fledge.store.pages import new_id, now
 from fledge.types import Request as EngineRequest
@@ -64,12 +64,11 @@ class TextTask:
     async def run(self, job: Job) -> dict[str, Any]:
         """Answer, and give back the completion; its chunks, or itself, are the job's events."""
         async with self.state.hub.use(self.principal.owner, self.body.model) as model:
-            texts = await asyncio.to_thread(self._texts, model, as_prompts(self.body.prompt))
+            prompts = await asyncio.to_thread(self._prompts, model, as_prompts(self.body.prompt))
             with Generation(self.state, self.principal, model, self.body.model, self.notes) as generation:
-                asked = [self._ask(generation, ids) for ids, _ in texts]
+                asked = [self._ask(generation, prompt.ids) for prompt in prompts]
                 generation.charge(asked)
-                shown = [text for _, text in texts]
-                choices = await self._answer(job, generation, asked, shown)
+                choices = await self._answer(job, generation, asked, prompts)
                 if self.body.max_tokens == 0:  # what had to be drawn to score the prompts is nobody's
                     generation.usage.completion = 0
         completion = {
@@ -83,15 +82,15 @@ class TextTask:
             job.emit(encode(completion))
         return completion
 
-    def _texts(self, model: ServedModel, prompts: Sequence[str | list[int]]) -> list[tuple[list[int], str]]:
-        """For every prompt the ids the model reads, and the text that `echo` shows."""
+    def _prompts(self, model: ServedModel, given: Sequence[str | list[int]]) -> list[Prompt]:
         found = []
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(given):
             if isinstance(prompt, str):
                 ids, text = [model.tokenizer.end_of_text_id, *self._encode(model, prompt)], prompt
             else:
                 ids, text = prompt, self._decode(model, prompt, i)
-            found.append((self._filled(model, ids), text))
+            is_framed = isinstance(prompt, str) or self.body.suffix is not None
+            found.append(Prompt(self._filled(model, ids), text, is_framed))
         return found
 
     def _filled(self, model: ServedModel, ids: list[int]) -> list[int]:
@@ -125,7 +124,7 @@ class TextTask:
         return generation.plan(body, ids, shape)
 
     async def _answer(
-        self, job: Job, generation: Generation, asked: Sequence[EngineRequest], shown: Sequence[str]
+        self, job: Job, generation: Generation, asked: Sequence[EngineRequest], prompts: Sequence[Prompt]
     ) -> list[TextChoice]:
         """Run all prompts side by side; their answers in order."""
         n = self.body.n or 1
@@ -133,23 +132,23 @@ class TextTask:
             [TextChoice(i * n + k, generation.model, self.body.logprobs) for k in range(n)] for i in range(len(asked))
         ]
         async with asyncio.TaskGroup() as group:
-            for request, own, text in zip(asked, choices, shown, strict=True):
-                group.create_task(self._continue(job, generation, request, own, text))
+            for request, own, prompt in zip(asked, choices, prompts, strict=True):
+                group.create_task(self._continue(job, generation, request, own, prompt))
         return [choice for own in choices for choice in own]
 
     async def _continue(
-        self, job: Job, generation: Generation, asked: EngineRequest, choices: Sequence[TextChoice], text: str
+        self, job: Job, generation: Generation, asked: EngineRequest, choices: Sequence[TextChoice], prompt: Prompt
     ) -> None:
         is_empty = self.body.max_tokens == 0 and asked.prompt_logprobs is None
         told: tuple[TokenLogprobs, ...] | None = None if asked.prompt_logprobs is not None else ()
         waiting: list[TokenEvent] = []  # events of other answers that came before the prompt's own were told
-        guarding = Guarding(self.state, [text] if text.strip() else [], None, bool(self.body.stream))
+        guarding = Guarding(self.state, [prompt.text] if prompt.text.strip() else [], None, bool(self.body.stream))
         async for event in guarding.events(generation, asked, is_empty=is_empty):
             waiting.append(event)
             if told is None and (event.index == 0 or event.finish_reason == "content_filter"):
                 told = event.prompt
             if told is not None:
-                self._take(job, generation, choices, waiting, (text, asked.prompt_ids, told))
+                self._take(job, generation, choices, waiting, (prompt, told))
                 waiting.clear()
 
     def _take(
@@ -158,13 +157,13 @@ class TextTask:
         generation: Generation,
         choices: Sequence[TextChoice],
         events: Sequence[TokenEvent],
-        prompt: tuple[str, Sequence[int], Sequence[TokenLogprobs]],
+        begun: tuple[Prompt, Sequence[TokenLogprobs]],
     ) -> None:
-        text, ids, told = prompt
+        prompt, told = begun
         for event in events:
             choice = choices[event.index]
             if not choice.has_begun:
-                self._say(job, generation, choice, choice.begin(text if self.body.echo else "", ids, told))
+                self._say(job, generation, choice, choice.begin(prompt if self.body.echo else None, told))
             piece = choice.end("length") if self.body.max_tokens == 0 else choice.take(event)
             self._say(job, generation, choice, piece)
 

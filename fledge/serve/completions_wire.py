@@ -50,7 +50,11 @@ COMPLETION_FIELDS = (
     FieldRule("max_tokens", "honoured", "16 if not given; with 0 and `echo` the prompt alone is scored"),
     FieldRule("best_of", "honoured", "by mean log-probability; not with `stream`. 0 is as if not given"),
     FieldRule("echo", "honoured", "the prompt stands before the answer, with `logprobs` it has its own"),
-    FieldRule("logprobs", "honoured", "of the model's own distribution, before temperature and penalties"),
+    FieldRule(
+        "logprobs",
+        "honoured",
+        "of the model's own distribution, before temperature and penalties; of every token, the last one too",
+    ),
     *EXTENSION_FIELDS,
 )
 

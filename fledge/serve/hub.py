@@ -16,7 +16,7 @@ from typing import Protocol
 
 from fledge.errors import EngineError, UserError
 from fledge.serve.engine import ServedModel
-from fledge.serve.errors import ApiError
+from fledge.serve.errors import ApiError, refused
 from fledge.store import models as stored
 from fledge.store.database import Database
 from fledge.store.tables import ModelRow
@@ -70,6 +70,14 @@ class Hub:
     @property
     def default(self) -> str | None:
         return next(iter(self._own), None)
+
+    def name_for(self, given: str | None) -> str:
+        """The name, or that of the default model where none is given; 400 if there is none."""
+        name = given or self.default
+        if name is None:
+            message = "Missing required parameter: 'model'; the server was started without one"
+            raise refused(message, "model", "missing_required_parameter")
+        return name
 
     @property
     def is_ready(self) -> bool:

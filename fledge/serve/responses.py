@@ -35,7 +35,6 @@ from fledge.serve.responses_wire import (
     COUNT_FIELDS,
     RESPONSE_FIELDS,
     CountRequest,
-    ResponseContext,
     ResponseObject,
     ResponseRequest,
 )
@@ -44,7 +43,7 @@ from fledge.serve.state import State, state_of
 from fledge.serve.wire import obey
 from fledge.store.conversations import add_items
 from fledge.store.pages import new_id, now
-from fledge.store.responses import add_response, delete_response, update_response
+from fledge.store.responses import PREFIX, add_response, delete_response, update_response
 from fledge.store.tables import ResponseRow
 from fledge.types import Request as EngineRequest
 from fledge.types import TokenEvent
@@ -61,7 +60,8 @@ async def create(request: Request, body: ResponseRequest, principal: User, is_ke
     if body.background and body.store is False:
         raise refused("a response in the background must be stored", "background", "invalid_value")
     state = state_of(request)
-    answer = Answering(state, principal, body, _model_name(state, body), own_items(body), request.state.notes)
+    inputs = await own_items(state.database, principal.owner, body)
+    answer = Answering(state, principal, body, state.hub.name_for(body.model), inputs, request.state.notes)
     is_kept = is_kept or bool(body.background)
     if is_kept:
         await answer.store("queued" if body.background else "in_progress")
@@ -84,19 +84,12 @@ async def count_tokens(request: Request, body: CountRequest, principal: User) ->
     request.state.notes.update(obey(COUNT_FIELDS, body))
     state = state_of(request)
     before = await items_before(state.database, principal.owner, body)
-    conversation = to_conversation(body.instructions, [*before, *own_items(body)], toolbox_of(body))
-    async with state.hub.use(principal.owner, _model_name(state, body)) as model:
+    own = await own_items(state.database, principal.owner, body)
+    conversation = to_conversation(body.instructions, [*before, *own], toolbox_of(body))
+    async with state.hub.use(principal.owner, state.hub.name_for(body.model)) as model:
         room = model.context if body.truncation == "auto" else None
         prompt = await Reader(model, room).prompt(conversation)
     return json_response({"object": "response.input_tokens", "input_tokens": len(prompt)})
-
-
-def _model_name(state: State, body: ResponseContext) -> str:
-    name = body.model or state.hub.default
-    if name is None:
-        message = "Missing required parameter: 'model'; the server was started without one"
-        raise refused(message, "model", "missing_required_parameter")
-    return name
 
 
 @dataclass
@@ -109,7 +102,7 @@ class Answering:
     model_name: str
     inputs: list[Item]
     notes: dict[str, str]
-    id: str = field(default_factory=lambda: new_id("resp_"))
+    id: str = field(default_factory=lambda: new_id(PREFIX))
     created_at: int = field(default_factory=now)
     is_stored: bool = False
     writer: Writer | None = None
@@ -145,7 +138,7 @@ class Answering:
         async with self.state.hub.use(owner, self.model_name) as model:
             options = request.stream_options
             is_padded = options is None or options.include_obfuscation is not False
-            self.writer = Writer(model, toolbox, self._wants_logprobs, is_padded)
+            self.writer = Writer(self.id, model, toolbox, self._wants_logprobs, is_padded)
             prompt = await self._reader(model).prompt(conversation)
             told = (request.top_logprobs or 0) if self._wants_logprobs else None
             shape = Shape(request.max_output_tokens, top_logprobs=told, grammar=grammar_of(request, toolbox, model))

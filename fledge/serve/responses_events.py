@@ -16,6 +16,7 @@ from fledge.serve.chat_messages import Toolbox
 from fledge.serve.engine import ServedModel
 from fledge.serve.sse import encode
 from fledge.store.pages import new_id
+from fledge.store.responses import name_item
 from fledge.text.tools import CallDelta, CallReader
 from fledge.types import TokenEvent
 
@@ -30,6 +31,7 @@ INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 class Writer:
     """Writes the output items of one response. Each method yields the events that tell of what it did."""
 
+    response_id: str
     model: ServedModel
     toolbox: Toolbox
     wants_logprobs: bool
@@ -90,7 +92,7 @@ class Writer:
 
     def _open_message(self, part: Event | None = None) -> Iterator[Event]:
         item = {
-            "id": new_id("msg_"),
+            "id": self._new_name("msg_"),
             "type": "message",
             "status": "in_progress",
             "role": "assistant",
@@ -116,7 +118,9 @@ class Writer:
         if piece.name is not None:
             yield from self._close()
             call = {"call_id": piece.id, "name": piece.name, "arguments": ""}
-            yield from self._open({"id": new_id("fc_"), "type": "function_call", "status": "in_progress", **call})
+            yield from self._open(
+                {"id": self._new_name("fc_"), "type": "function_call", "status": "in_progress", **call}
+            )
         if piece.arguments:
             self._last["arguments"] += piece.arguments
             delta = {**self._place("response.function_call_arguments.delta"), "delta": piece.arguments}
@@ -125,6 +129,9 @@ class Writer:
             yield delta
 
     # Items
+
+    def _new_name(self, prefix: str) -> str:
+        return name_item(self.response_id, prefix, len(self.output))
 
     @property
     def _last(self) -> dict[str, Any]:

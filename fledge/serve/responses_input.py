@@ -24,7 +24,7 @@ from fledge.serve.responses_wire import (
 from fledge.store.conversations import all_items, find_conversation
 from fledge.store.database import Database
 from fledge.store.pages import new_id
-from fledge.store.responses import chain_of
+from fledge.store.responses import chain_of, find_said
 from fledge.types import CallPart, Conversation, Grammar, Message, Role, TextPart
 
 _ROLES: dict[str, Role] = {
@@ -38,14 +38,29 @@ Item = dict[str, Any]
 SUMMARY = "What was said before, in short: "
 
 
-def own_items(body: EarlierContext) -> list[Item]:
-    """The request's input as items with ids, as they are stored and listed. 400 names an item that is not known."""
+async def own_items(database: Database, owner: str, body: EarlierContext) -> list[Item]:
+    """The request's input as items with ids, as they are stored and listed, references replaced by what they name.
+    400 names an item that is not known, 404 a reference to nothing."""
     given = body.input
     if given is None or given == "":
         return []
     if isinstance(given, str):
         given = [InputItem(role="user", content=given)]
-    return as_items(given, "input")
+    items = []
+    for i, item in enumerate(given):
+        where = f"input[{i}]"
+        is_known = item.kind != "item_reference"
+        items.append(_as_item(item, where) if is_known else await _referenced(database, owner, item, where))
+    return items
+
+
+async def _referenced(database: Database, owner: str, item: InputItem, where: str) -> Item:
+    if item.id is None:
+        raise refused("a reference needs the 'id' of an item", f"{where}.id", "missing_required_parameter")
+    said = await find_said(database, owner, item.id)
+    if said is None:
+        raise not_found("item", item.id, f"{where}.id")
+    return said
 
 
 def as_items(given: Sequence[InputItem], place: str) -> list[Item]:
@@ -54,7 +69,7 @@ def as_items(given: Sequence[InputItem], place: str) -> list[Item]:
 
 
 def _as_item(item: InputItem, where: str) -> Item:
-    match item.type:
+    match item.kind:
         case "message" if item.role is not None and item.content is not None:
             kind = "output_text" if item.role == "assistant" else "input_text"
             return {
@@ -79,9 +94,9 @@ def _as_item(item: InputItem, where: str) -> Item:
             content = {"encrypted_content": item.encrypted_content}
             return {"id": item.id or new_id("cmp_"), "type": "compaction", **content}
         case "message" | "function_call" | "function_call_output" | "compaction":
-            raise refused(f"an item of type '{item.type}' lacks a field", where, "missing_required_parameter")
+            raise refused(f"an item of type '{item.kind}' lacks a field", where, "missing_required_parameter")
         case _:
-            message = f"items of type '{item.type[:50]}' are not supported"
+            message = f"items of type '{item.kind[:50]}' are not supported"
             raise refused(message, f"{where}.type", "unsupported_content")
 
 

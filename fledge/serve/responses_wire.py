@@ -26,10 +26,10 @@ ItemId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=
 
 
 class InputItem(Wire):
-    """Something said or called before. Without a `type` it is a message."""
+    """Something said or called before."""
 
     model_config = ConfigDict(extra="allow")
-    type: str = "message"
+    type: str | None = None
     id: ItemId | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | list[InputPart] | None = None
@@ -38,6 +38,11 @@ class InputItem(Wire):
     arguments: str | None = None
     output: str | list[InputPart] | None = None
     encrypted_content: Annotated[str, StringConstraints(max_length=20971520)] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Its type. Without one it is a message, or a reference if all it has is an id."""
+        return self.type or ("item_reference" if self.model_fields_set == {"id"} else "message")
 
 
 class ResponseTool(Wire):
@@ -135,9 +140,14 @@ class ResponseObject(Answer):
     incomplete_details: dict[str, Any] | None
 
 
+INPUT_FIELD = FieldRule(
+    "input",
+    "honoured",
+    "texts, calls and their results, references to what stored responses said; other items are refused by name",
+)
 CONTEXT_FIELDS = (
     FieldRule("model", "honoured", "without it, the first model that the server was started with"),
-    FieldRule("input", "honoured", "texts, calls and their results; other kinds of items are refused by name"),
+    INPUT_FIELD,
     FieldRule("instructions", "honoured", ""),
     FieldRule("previous_response_id", "honoured", ""),
     FieldRule("conversation", "honoured", "its items come first, and what is said is added to it"),

@@ -34,6 +34,16 @@ class _Told:
         self.text_offset += other.text_offset
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads, and the text that `echo` shows of it. `is_framed`: special tokens among the ids are the
+    server's own, and nothing is told of them."""
+
+    ids: Sequence[int]
+    text: str
+    is_framed: bool
+
+
 @dataclass
 class TextChoice:
     """One answer, as far as it has come. `num_top` alternatives are told of each token; None tells nothing."""
@@ -46,29 +56,30 @@ class TextChoice:
     has_begun: bool = False
     _told: _Told = field(default_factory=_Told)
 
-    def begin(self, echo: str, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        """The prompt, where it is to be shown. `told` has one entry less than `ids`; what only frames a text (its
-        beginning, for one) is left out."""
+    def begin(self, prompt: Prompt | None, told: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        """The prompt, where it is to be shown. `told` has one entry less than it has ids, or none at all if the engine
+        was not asked. Of tokens that a client sent each is told, so that it finds its own by counting; of a text's
+        frame (its beginning, for one) nothing is."""
         self.has_begun = True
-        if not echo and not told:
+        is_told = self.num_top is not None and prompt is not None and len(told) == len(prompt.ids) - 1
+        if prompt is None or not (prompt.text or is_told):
             return None
         new, offset = _Told(), 0
-        for place, token_id in enumerate(ids if told else ()):
-            text, _ = token_text(self.model, token_id)
-            if token_id not in self.model.tokenizer.special_ids:
-                own = told[place - 1] if place > 0 else None
-                self._tell(new, text, offset, own)
-                offset += len(text)
-        return self._piece(echo, new)
+        for place, token_id in enumerate(prompt.ids if is_told else ()):
+            is_special = token_id in self.model.tokenizer.special_ids
+            if is_special and prompt.is_framed:
+                continue
+            self._tell(new, token_id, offset, told[place - 1] if place > 0 else None)
+            offset += 0 if is_special else len(new.tokens[-1])
+        return self._piece(prompt.text, new)
 
     def take(self, event: TokenEvent) -> dict[str, Any] | None:
         """What the event adds; None if that is nothing."""
         new = _Told()
         if event.finish_reason == "content_filter":
             return self.end(event.finish_reason)
-        if event.id >= 0 and event.id not in self.model.renderer.stop_ids and event.model is not None:
-            text, _ = token_text(self.model, event.id)
-            self._tell(new, text, len(self.text), event.model)
+        if event.id >= 0 and event.model is not None:
+            self._tell(new, event.id, len(self.text), event.model)  # of the one that ends the answer, too
         if event.finish_reason is not None:
             self.finish_reason = "stop" if event.finish_reason == "cancelled" else event.finish_reason
         if not event.text and not new.tokens and self.finish_reason is None:
@@ -84,12 +95,16 @@ class TextChoice:
         told = None if self.num_top is None else self._told.to_json()
         return {"index": self.index, "text": self.text, "logprobs": told, "finish_reason": self.finish_reason}
 
-    def _tell(self, told: _Told, text: str, offset: int, own: TokenLogprobs | None) -> None:
+    def _tell(self, told: _Told, token_id: int, offset: int, own: TokenLogprobs | None) -> None:
+        """The token itself is always among its alternatives, as published; of two that read alike the likelier is."""
+        text, _ = token_text(self.model, token_id)
         told.tokens.append(text)
         told.text_offset.append(offset)
         told.token_logprobs.append(None if own is None else finite(own.logprob))
-        top = None if own is None else {token_text(self.model, i)[0]: finite(p) for i, p in own.top}
-        told.top_logprobs.append(top)
+        top: dict[str, float] = {}
+        for other, logprob in (*own.top, (token_id, own.logprob)) if own is not None else ():
+            top.setdefault(token_text(self.model, other)[0], finite(logprob))
+        told.top_logprobs.append(None if own is None else top)
 
     def _piece(self, text: str, new: _Told) -> dict[str, Any]:
         self.text += text

@@ -27,9 +27,10 @@ User = Annotated[Principal, Depends(needs("generate"))]
 
 
 class TokenizeRequest(Wire):
-    """A text or a conversation. `add_special_tokens` begins a text as a document, as /v1/completions does."""
+    """A text or a conversation. `add_special_tokens` begins a text as a document, as /v1/completions does. Without a
+    model it is read by the server's first one."""
 
-    model: Name
+    model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
@@ -38,7 +39,7 @@ class TokenizeRequest(Wire):
 
 
 class DetokenizeRequest(Wire):
-    model: Name
+    model: Name | None = None
     tokens: list[TokenId]
 
 
@@ -53,7 +54,8 @@ class Tokenized(Answer):
 async def tokenize(request: Request, body: TokenizeRequest, principal: User) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise refused("give either 'prompt' or 'messages'", "prompt", "invalid_value")
-    async with state_of(request).hub.use(principal.owner, body.model) as model:
+    hub = state_of(request).hub
+    async with hub.use(principal.owner, hub.name_for(body.model)) as model:
         ids = await asyncio.to_thread(_ids, model, body)
         pieces = model.tokenizer.pieces(ids) if body.return_token_strs else None
     return json_response({"count": len(ids), "max_model_len": model.context, "tokens": ids, "token_strs": pieces})
@@ -69,7 +71,8 @@ def _ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest, principal: User) -> Response:
-    async with state_of(request).hub.use(principal.owner, body.model) as model:
+    hub = state_of(request).hub
+    async with hub.use(principal.owner, hub.name_for(body.model)) as model:
         try:
             return json_response({"prompt": model.tokenizer.decode(body.tokens)})
         except TokenizerError as error:
@@ -82,9 +85,7 @@ async def tokenizer_info(
 ) -> Response:
     """Without `model`, of the server's first one."""
     hub = state_of(request).hub
-    name = model or hub.default
-    if name is None:
-        raise refused("name a model; the server was started without one", "model", "missing_required_parameter")
+    name = hub.name_for(model)
     async with hub.use(principal.owner, name) as served:
         return json_response(_describe(name, served))
 
@@ -92,8 +93,13 @@ async def tokenizer_info(
 def _describe(name: str, served: ServedModel) -> dict[str, Any]:
     tokenizer, renderer = served.tokenizer, served.renderer
     special = {tokenizer.pieces([i])[0]: i for i in sorted(tokenizer.special_ids)}
+    start, pad = tokenizer.pieces([tokenizer.end_of_text_id, tokenizer.pad_id])
     return {
         "model": name,
+        # As the published tokenizer files name them. Their ids stand below: as text they are read as text.
+        "bos_token": start,
+        "eos_token": start,
+        "pad_token": pad,
         "vocab_size": tokenizer.vocab_size,
         "hash": tokenizer.hash,
         "special_tokens": special,

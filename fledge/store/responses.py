@@ -12,6 +12,7 @@ from fledge.store.owned import delete_row, find_row, is_own
 from fledge.store.tables import ResponseRow
 
 MAX_CHAIN = 1000  # responses that one may stand on
+PREFIX = "resp_"  # of a response's name
 
 
 async def add_response(database: Database, row: ResponseRow) -> None:
@@ -37,6 +38,19 @@ async def update_response(database: Database, owner: str, response_id: str, body
 
 async def delete_response(database: Database, owner: str, response_id: str) -> bool:
     return await delete_row(database, ResponseRow, owner, response_id)
+
+
+def name_item(response_id: str, prefix: str, place: int) -> str:
+    """What an item of a response's output is called: like its response, so that `find_said` finds it again."""
+    return f"{prefix}{response_id.removeprefix(PREFIX)}_{place}"
+
+
+async def find_said(database: Database, owner: str, item_id: str) -> dict[str, Any] | None:
+    """The item of this name in the output of a stored response; None if there is none."""
+    of_response = item_id.partition("_")[2].rpartition("_")[0]
+    row = await find_response(database, owner, PREFIX + of_response)
+    said: list[dict[str, Any]] = [] if row is None else row.body.get("output", [])
+    return next((item for item in said if item.get("id") == item_id), None)
 
 
 async def chain_of(database: Database, owner: str, response_id: str) -> list[ResponseRow] | None:

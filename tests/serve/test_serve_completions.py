@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 from serve_fakes import Server, entries, tokenizer
 
+from fledge.serve.chat_answer import token_text
 from fledge.serve.errors import ApiError
 from fledge.serve.hub import Hub, ModelEntry
+from fledge.serve.text_answer import TextChoice
+from fledge.types import TokenEvent, TokenLogprobs
 
 pytestmark = pytest.mark.anyio
 TEXT = "/v1/completions"
@@ -64,6 +68,34 @@ async def test_echo_puts_the_prompt_and_its_logprobs_before_the_answer(
     assert scored["logprobs"]["tokens"] == told["tokens"][: len(scored["logprobs"]["tokens"])]
     numbers = await complete(client, prompt=[20, 21], echo=True, logprobs=0, max_tokens=1)
     assert numbers["choices"][0]["logprobs"]["token_logprobs"][0] is None  # nothing came before it
+
+
+async def test_of_token_prompts_every_token_is_told_so_that_a_client_may_count(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
+    end = tokenizer().end_of_text_id
+    server.engine.text = ""  # the answer is the token that ends it
+    for prompt in ([end, 40, 41], [40, end, 41], [end]):
+        choice = (await complete(client, prompt=prompt, echo=True, logprobs=1, max_tokens=1))["choices"][0]
+        told = choice["logprobs"]
+        assert {len(values) for values in told.values()} == {len(prompt) + 1}
+        assert told["token_logprobs"] == [None, *[-1.0] * (len(prompt) - 1), -0.5]
+        assert choice["text"] == tokenizer().decode(prompt)
+        offsets = [len(tokenizer().decode(prompt[:i])) for i in range(len(prompt) + 1)]
+        assert told["text_offset"] == offsets
+    framed = (await complete(client, prompt="ab", echo=True, logprobs=1, max_tokens=0))["choices"][0]["logprobs"]
+    assert "".join(framed["tokens"]) == "ab"
+    assert framed["token_logprobs"] == [-1.0] * len(framed["tokens"])  # its beginning stands before the first
+
+
+async def test_a_token_is_among_its_alternatives_and_the_likelier_of_equal_texts_counts(server: Server) -> None:
+    model = await server.loader.load("fake", Path("fake"))
+    halves = [i for i in range(model.tokenizer.vocab_size) if token_text(model, i)[0] == "\ufffd"][:2]
+    choice = TextChoice(0, model, 2)
+    drawn = model.tokenizer.encode("a")[0]
+    told = TokenLogprobs(-3.0, 3, ((halves[0], -1.0), (halves[1], -2.0)))
+    choice.take(TokenEvent(drawn, -3.0, "a", None, "r", model=told))
+    assert choice.body["logprobs"]["top_logprobs"] == [{"\ufffd": -1.0, "a": -3.0}]
 
 
 async def test_a_stream_joins_to_the_whole(client: httpx2.AsyncClient) -> None:
@@ -142,7 +174,12 @@ async def test_texts_become_tokens_and_back(client: httpx2.AsyncClient) -> None:
         await client.post("/tokenize", json={"model": "fake", "messages": messages, "return_token_strs": True})
     ).json()
     assert chat["token_strs"][-1] == "<|assistant|>"
-    assert (await client.get("/tokenizer_info")).json()["vocab_size"] == tokenizer().vocab_size
+    about = (await client.get("/tokenizer_info")).json()
+    assert about["vocab_size"] == tokenizer().vocab_size
+    assert about["special_tokens"][about["eos_token"]] == tokenizer().end_of_text_id
+    assert about["special_tokens"][about["pad_token"]] == tokenizer().pad_id
+    by_the_first = (await client.post("/tokenize", json={"prompt": "Hello", "add_special_tokens": False})).json()
+    assert (await client.post("/detokenize", json={"tokens": by_the_first["tokens"]})).json() == {"prompt": "Hello"}
 
 
 async def test_files_come_back_as_they_went(client: httpx2.AsyncClient) -> None:

@@ -110,6 +110,39 @@ async def test_a_chain_is_read_in_order_with_the_last_instructions_alone(
     assert answer.status_code == 404
 
 
+async def test_a_reference_stands_for_what_a_stored_response_said(client: httpx2.AsyncClient, server: Server) -> None:
+    server.engine.text = CALL
+    first = (await client.post(PATH, json={"input": "Hi", "tools": [ADD]})).json()
+    assert len({item["id"] for item in first["output"]}) == 2
+    result = {"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "2"}
+    said, called = ({"id": item["id"]} for item in first["output"])
+    for references in ([said, called], [{"type": "item_reference", **said}, {"type": "item_reference", **called}]):
+        body = {"input": [{"role": "user", "content": "Hi"}, *references, result]}
+        made = (await client.post(PATH, json=body)).json()
+        read = tokenizer().decode(server.engine.requests[-1].prompt_ids)
+        assert read.startswith("HiWell: ")
+        assert read.index('{"name": "add", "arguments": {"x": 1}}') < read.rindex("2")
+        items = (await client.get(f"{PATH}/{made['id']}/input_items", params={"order": "asc"})).json()["data"]
+        assert items[1:3] == first["output"]
+    counted = await client.post(f"{PATH}/input_tokens", json=body)
+    assert counted.json()["input_tokens"] == len(server.engine.requests[-1].prompt_ids)
+
+
+async def test_a_reference_to_nothing_and_to_what_is_anothers_are_the_same_404(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
+    async with server.client("bob") as bob:
+        theirs = (await bob.post(PATH, json={"input": "Hi"})).json()["output"][0]["id"]
+        assert (await bob.post(PATH, json={"input": [{"id": theirs}]})).status_code == 200
+    unstored = (await client.post(PATH, json={"input": "Hi", "store": False})).json()["output"][0]["id"]
+    gone = (await client.post(PATH, json={"input": "Hi"})).json()
+    await client.delete(f"{PATH}/{gone['id']}")
+    for name in (theirs, unstored, gone["output"][0]["id"], "msg_1", "x", "", "_", "msg_\0_1"):
+        answer = await client.post(PATH, json={"input": [{"type": "item_reference", "id": name}]})
+        expected = (404, "input[0].id") if name and "\0" not in name else (400, "input[0].id")
+        assert (answer.status_code, answer.json()["error"]["param"]) == expected, answer.text
+
+
 async def test_an_answer_that_is_cut_is_incomplete(client: httpx2.AsyncClient) -> None:
     made = (await client.post(PATH, json={"input": "Hi", "max_output_tokens": 2})).json()
     assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
@@ -229,7 +262,8 @@ async def test_truncation_drops_the_oldest_but_the_system(client: httpx2.AsyncCl
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    ({"input": [{"type": "item_reference"}]}, "input[0].id"),
+    ({"input": [{"type": "reasoning", "id": "x", "summary": []}]}, "input[0].type"),
     ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0]"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
     ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
