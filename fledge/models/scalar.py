@@ -153,6 +153,13 @@ def freeze(model: nn.Module, roles: Sequence[str]) -> list[nn.Parameter]:
     return frozen
 
 
+def thaw(model: nn.Module, freeze_roles: Sequence[str]) -> None:
+    """Train every parameter of `model` that has a role, but for those of `freeze_roles`; no other is of any use."""
+    role_of: dict[str, str] = model.roles()  # type: ignore[operator]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(role_of.get(name) not in (None, *freeze_roles))
+
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 

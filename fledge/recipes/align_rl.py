@@ -22,7 +22,7 @@ from fledge.data.pack import PackedRows, PieceList, batch
 from fledge.errors import DataError
 from fledge.formats.checkpoint import LoadedModel, load_state
 from fledge.layers.lora import add_lora
-from fledge.models.scalar import ScalarModel, twin
+from fledge.models.scalar import ScalarModel, thaw, twin
 from fledge.objectives.next_token import NextToken
 from fledge.recipes.align_data import (
     HELD_OUT,
@@ -233,9 +233,7 @@ def _value_model(context: Context, start: LoadedModel, policy: nn.Module) -> Sca
         value.to(context.device)
         trunk = value.trunk
         nn.init.zeros_(value.head.weight)
-    roles = value.roles()
-    for name, parameter in value.named_parameters():
-        parameter.requires_grad_(name in roles and roles[name] not in FROZEN_ROLES)
+    thaw(value, FROZEN_ROLES)
     if context.plan.lora is not None:
         add_lora(trunk, context.plan.lora.config, torch.Generator().manual_seed(context.plan.seed + 1))
     return value

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fledge.models.scalar import ScalarModel, freeze, twin
+from fledge.models.scalar import ScalarModel, freeze, thaw, twin
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Actors:
     ) -> Actors:
         """The SFT model as policy, a frozen copy of it as reference, a copy of the reward model as value function.
 
-        The reward model is left frozen: it is only asked from here on. Parameters of `freeze_roles` do not train, and
-        are shared wherever they are equal.
+        The reward model is left frozen: it is only asked from here on; one that came frozen gives a value function
+        that trains all the same. Parameters of `freeze_roles` do not train, and are shared wherever they are equal.
         """
+        if not any(parameter.requires_grad for parameter in reward_model.parameters()):
+            thaw(reward_model, freeze_roles)
         freeze(policy, freeze_roles)
         share_equal(policy, reward_model.trunk, freeze_roles)
         freeze(reward_model.trunk, freeze_roles)

@@ -79,7 +79,7 @@ class OptimConfig:
 class OptimizerSet:
     """The optimizers of one model. `roles` defaults to `model.roles()`; frozen parameters are left out.
 
-    ValueError if a trainable parameter has no role.
+    ValueError if a trainable parameter has no role, or if there is nothing to train.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, roles: Mapping[str, str] | None = None) -> None:
@@ -87,6 +87,8 @@ class OptimizerSet:
             roles = _roles_of(model)
         self.config = config
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._named:
+            raise ValueError(f"every parameter of this {type(model).__name__} is frozen: there is nothing to train")
         self._roles = dict(roles)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         known = [field.name for field in fields(config)]

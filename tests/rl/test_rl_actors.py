@@ -39,6 +39,16 @@ def test_c41_value_function_starts_as_the_reward_model_head_and_scale_included()
     assert not any(parameter.requires_grad for parameter in reward.parameters())
 
 
+def test_a_reward_model_that_came_frozen_gives_a_value_function_that_trains():
+    policy, reward = pocket(), reward_model_of(pocket()).requires_grad_(False)
+    for _ in range(2):  # the first start leaves it frozen
+        value = Actors.start(policy, reward).value
+        trained = {name for name, parameter in value.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, role in value.roles().items() if role != "table"}
+        assert value.head.weight is not reward.head.weight
+        assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
 def test_c45_reference_is_an_equal_copy_that_never_trains():
     policy = pocket()
     actors = Actors.start(policy, reward_model_of(policy))

@@ -159,13 +159,6 @@ def test_an_infinite_loss_with_a_finite_gradient_halts_too() -> None:
         train_step(model, OptimizerSet(model, plain_config()), [(endless, toy_batch([1.0], [1.0]))])
 
 
-def test_a_frozen_model_can_be_stepped_and_stays() -> None:
-    model = ToyModel()
-    model.w.requires_grad_(False)
-    metrics = train_step(model, OptimizerSet(model, plain_config()), [(ToyObjective(), toy_batch([1.0], [1.0]))])
-    assert metrics["grad_norm"] == 0.0
-
-
 def test_training_learns() -> None:
     state = pocket_state(40)
     records: list[Any] = []

@@ -185,6 +185,11 @@ def test_a_parameter_without_a_role_is_refused_by_name() -> None:
         OptimizerSet(model, OptimConfig.adamw(0.1), {"weight": "matrix", "bias": "knob"})
 
 
+def test_a_model_that_is_wholly_frozen_is_refused() -> None:
+    with pytest.raises(ValueError, match="every parameter of this Linear is frozen: there is nothing to train"):
+        OptimizerSet(nn.Linear(2, 2).requires_grad_(False), OptimConfig.adamw(0.1), {})
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
