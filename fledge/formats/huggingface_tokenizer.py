@@ -33,7 +33,7 @@ def read_tokenizer(directory: Path) -> PublishedTokenizer:
         data = path.read_bytes()
         layout = parse(data)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a model comes with one") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_instead(directory)}") from error
     except TokenizerError as error:
         raise CheckpointError(f"{path}: {error}") from error
     settings = {key: value for name in SETTINGS for key, value in _settings(directory / name).items()}
@@ -47,6 +47,15 @@ def read_tokenizer(directory: Path) -> PublishedTokenizer:
         special["bos"] is not None and _begins(settings, layout, special["bos"]),
         _template(directory, settings),
     )
+
+
+def _instead(directory: Path) -> str:
+    """What to do about a directory without a tokenizer.json, by what it has."""
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        return "let transformers make it of vocab.json and merges.txt: load the tokenizer there and save it again"
+    if (directory / "tokenizer.model").is_file():
+        return "its tokenizer.model is SentencePiece's, which fledge does not read: only tokenizers of bytes are"
+    return "a model comes with one"
 
 
 def _settings(path: Path) -> dict[str, Any]:

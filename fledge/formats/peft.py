@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fledge.errors import CheckpointError
 from fledge.files import read_object, write_directory, write_json
 from fledge.formats.huggingface import linear, make_of, published_modules, published_weight
+from fledge.formats.name_patterns import NamePattern
 from fledge.layers.lora import Adapter, Linear, LoraConfig, Pair
 from fledge.registry import FAMILIES
 
@@ -50,7 +51,7 @@ DEFAULTS: Mapping[str, Any] = {
     "rank_pattern": {},
 }
 COPY = ".base_layer"  # within the name of a weight that PEFT saved along with the pair beside it
-_NAME = re.compile(r"\^?[\w.]+")
+MAX_PATTERN_STATES = 200_000  # of all patterns of a file together: 40 MB
 
 
 def load_adapter(directory: Path, model: nn.Module) -> Adapter:
@@ -63,7 +64,7 @@ def load_adapter(directory: Path, model: nn.Module) -> Adapter:
     tensors = _read_tensors(directory / WEIGHTS)
     family = _family_of(model)
     modules = published_modules(family, model)
-    rank, alpha = settings["r"], settings["lora_alpha"]
+    rank, alphas = settings["r"], settings["alpha_pattern"]
     pairs: dict[str, Pair] = {}
     names = {key.removesuffix(end).removeprefix(START) for end in ENDS for key in tensors if key.endswith(end)}
     for name in sorted(name for name in names if tensors.keys() & {START + name + end for end in ENDS}):
@@ -74,7 +75,8 @@ def load_adapter(directory: Path, model: nn.Module) -> Adapter:
         _check(directory, name, a, b, parts)
         assert a is not None
         assert b is not None
-        scale = _scale(_of(settings["alpha_pattern"], name, alpha), len(a), settings["use_rslora"])
+        alpha = next((own for pattern, own in alphas.items() if pattern.matches(name)), settings["lora_alpha"])
+        scale = _scale(alpha, len(a), settings["use_rslora"])
         rows_of = b.split([part.out_features for part in parts])
         for ours, rows in zip(modules[name], rows_of, strict=True):
             pairs[ours] = Pair(a.clone(), rows.clone(), scale)
@@ -83,7 +85,9 @@ def load_adapter(directory: Path, model: nn.Module) -> Adapter:
     if not pairs:
         raise CheckpointError(f"{directory / WEIGHTS}: holds no adapter")
     targets = tuple(sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in pairs}))
-    return Adapter(LoraConfig(rank, alpha, settings["lora_dropout"], settings["use_rslora"], targets), pairs)
+    return Adapter(
+        LoraConfig(rank, settings["lora_alpha"], settings["lora_dropout"], settings["use_rslora"], targets), pairs
+    )
 
 
 def save_adapter(adapter: Adapter, model: nn.Module, directory: Path, *, base: str | None = None) -> None:
@@ -157,15 +161,28 @@ def _read_settings(path: Path) -> dict[str, Any]:
         kind = type(DEFAULTS[key])
         if not (_is_number(value) if kind is float else type(value) is kind):
             raise CheckpointError(f"{path}: {key} {value!r} must be a {kind.__name__}")
-    for pattern, alpha in settings["alpha_pattern"].items():
-        if not _NAME.fullmatch(pattern):
-            raise CheckpointError(f"{path}: alpha_pattern '{pattern}' is not supported: known are names of modules")
-        if not _is_number(alpha):
-            raise CheckpointError(f"{path}: alpha_pattern gives '{pattern}' {alpha!r}, which must be a float")
     other = sorted(key for key, value in given.items() if key not in IDLE and value)
     if other:
         raise CheckpointError(f"{path}: {other[0]} {given[other[0]]!r} is not supported; fledge runs plain LoRA")
-    return {**settings, "lora_alpha": float(settings["lora_alpha"]), "lora_dropout": float(settings["lora_dropout"])}
+    floats = {key: float(settings[key]) for key in ("lora_alpha", "lora_dropout")}
+    return {**settings, **floats, "alpha_pattern": _read_alphas(path, settings["alpha_pattern"])}
+
+
+def _read_alphas(path: Path, given: Mapping[str, Any]) -> dict[NamePattern, float]:
+    """Alphas of single modules; of the patterns that match a module's name the first counts, as in PEFT."""
+    alphas: dict[NamePattern, float] = {}
+    num_states = 0
+    for text, alpha in given.items():
+        if not _is_number(alpha):
+            raise CheckpointError(f"{path}: alpha_pattern gives '{text}' {alpha!r}, which must be a float")
+        try:
+            alphas[NamePattern(text)] = float(alpha)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: alpha_pattern '{text}' cannot be used: {error}") from error
+        num_states += next(reversed(alphas)).num_states
+        if num_states > MAX_PATTERN_STATES:
+            raise CheckpointError(f"{path}: alpha_pattern holds more patterns than any model has modules")
+    return alphas
 
 
 def _is_number(value: Any) -> bool:
@@ -184,15 +201,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); fetch it again") from error
-
-
-def _of(pattern: Mapping[str, Any], name: str, default: float) -> float:
-    """The value of the first key that is the module's name or an end of it, as PEFT looks it up."""
-    for key, value in pattern.items():
-        plain = key.removeprefix("^")
-        if name == plain or (key == plain and name.endswith(f".{plain}")):
-            return float(value)
-    return default
 
 
 def _check(directory: Path, name: str, a: Tensor | None, b: Tensor | None, parts: Sequence[Linear]) -> None:

@@ -115,6 +115,14 @@ STRANGE: dict[str, dict[str, Any]] = {
         "rank_pattern": {r"layers\.(0|1)\.self_attn\.q_proj": 4, "^model.layers.0.mlp.down_proj": 6},
         "alpha_pattern": {"layers.1.self_attn.k_proj": 9, "^model.layers.0.mlp.down_proj": 1.5},
     },
+    "alphas by patterns that overlap": {
+        "target_modules": ["q_proj", "k_proj", "up_proj", "down_proj"], "r": 2, "lora_alpha": 5,
+        "rank_pattern": {r".*\.(1|2)\.mlp\.\w+": 3},
+        # In the order in which PEFT writes them, which is that of the alphabet: the first that matches counts.
+        "alpha_pattern": {
+            r"(up|down)_proj$": 0.5, r"^model\.layers\.0\..*": 1.5, r"layers\.[1-9]\d*\.self_attn\.(q|k)_proj": 9,
+        },
+    },
     "one layer": {"target_modules": ["v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     "orthogonal from the start": {"target_modules": ["o_proj"], "r": 4, "init_lora_weights": "orthogonal"},
     "rank-stabilised, dropped out": {"target_modules": ["gate_proj"], "use_rslora": True, "lora_dropout": 0.3},
@@ -240,7 +248,9 @@ def test_what_we_write_names_all_of_a_kind_by_their_end(directory: Path) -> None
         ({"lora_alpha": float("nan")}, "lora_alpha nan must be"),
         ({"lora_alpha": 10**400}, "lora_alpha 10+ must be"),
         ({"r": 2.5}, "r 2.5 must be a int"),
-        ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(a+": 3}}, r"alpha_pattern '\(a\+' cannot be used: a '\(' is not closed"),
+        ({"alpha_pattern": {"(?=a)b": 3}}, "groups that look ahead"),
+        ({"alpha_pattern": {f"(a{{90}}b{i}){{9}}": 3 for i in range(400)}}, "more patterns than any model has"),
         ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern gives 'q_proj' 'much'"),
         ({"alpha_pattern": {"q_proj": [1]}}, "alpha_pattern gives"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern gives"),
