@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from fledge.serve.auth import Principal, needs
 from fledge.serve.chat_answer import ChatChoice, Chunks
-from fledge.serve.chat_messages import Toolbox, to_conversation, to_grammar, to_toolbox
+from fledge.serve.chat_messages import Toolbox, notes_in, to_conversation, to_grammar, to_toolbox
 from fledge.serve.chat_wire import CHAT_FIELDS, ChatCompletion, ChatRequest
 from fledge.serve.engine import ServedModel
 from fledge.serve.errors import refused
@@ -43,7 +43,7 @@ async def create(
     principal: Annotated[Principal, Depends(needs("generate"))],
     is_kept: Keep = False,
 ) -> Response:
-    request.state.notes.update(obey(CHAT_FIELDS, body))
+    request.state.notes.update(obey(CHAT_FIELDS, body, notes_in(body.messages)))
     if body.top_logprobs is not None and not body.logprobs and body.top_logprobs > 0:
         raise refused("'top_logprobs' needs 'logprobs' to be true", "top_logprobs", "invalid_value")
     chat = Chat(state_of(request), principal, body, to_toolbox(body), request.state.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from fledge.text.tools import CallStyle, Tool, call_grammar
 from fledge.types import CallPart, Conversation, Grammar, Message, Role, TextPart
 
 _ROLES: dict[str, Role] = {"developer": "system", "function": "tool"}
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_MAX_NOTES = 16  # that a header tells of
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ def to_conversation(messages: Sequence[ChatMessage], toolbox: Toolbox) -> Conver
         found.append(Message(role, (*parts, *calls), name=name, call_id=message.tool_call_id))  # type: ignore[arg-type]
     shown = toolbox.tools if toolbox.choice != "none" else ()
     return Conversation(tuple(found), tuple(json.dumps(tool.to_json()) for tool in shown))
+
+
+def notes_in(messages: Sequence[ChatMessage]) -> list[str]:
+    """Fields of the assistant's messages that are no part of the published ones: what a client library noted in the
+    answer that it sends back. They are without effect. 400 for such a field in anybody else's message, and for what
+    is no name of a field: the names stand in a header."""
+    found = []
+    for i, message in enumerate(messages):
+        for name in message.model_extra or ():
+            if message.role != "assistant" or not _FIELD.fullmatch(name):
+                place = f"messages[{i}].{name[:64]}"
+                raise refused(f"Unrecognized request argument supplied: {place}", place, "unknown_parameter")
+            found.append(f"messages.{name}")
+    return list(dict.fromkeys(found))[:_MAX_NOTES]
 
 
 def _text(message: ChatMessage, where: str) -> str:

@@ -27,6 +27,7 @@ class ContentPart(Wire):
 
 
 class FunctionCall(Wire):
+    model_config = ConfigDict(extra="allow")
     name: str
     arguments: str
 
@@ -39,6 +40,10 @@ class ToolCall(Wire):
 
 
 class ChatMessage(Wire):
+    """Of the assistant's messages client libraries send back what they noted in them; other messages have no more
+    than is named here."""
+
+    model_config = ConfigDict(extra="allow")
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
@@ -197,7 +202,11 @@ EXTENSION_FIELDS = (
 )
 CHAT_FIELDS = (
     *SAMPLING_FIELDS,
-    FieldRule("messages", "honoured", "text; parts of other kinds are refused by name"),
+    FieldRule(
+        "messages",
+        "honoured",
+        "text; parts of other kinds are refused by name. What a client notes in the assistant's own messages is inert",
+    ),
     FieldRule("metadata", "honoured", "kept with a stored completion"),
     FieldRule("logprobs", "honoured", "of the model's own distribution, before temperature and penalties"),
     FieldRule("top_logprobs", "honoured", "needs `logprobs`"),

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from fledge.errors import TokenizerError
 from fledge.serve.auth import Principal, needs
-from fledge.serve.chat_messages import make_toolbox, to_conversation
+from fledge.serve.chat_messages import make_toolbox, notes_in, to_conversation
 from fledge.serve.chat_wire import ChatMessage, ToolSpec
 from fledge.serve.completions_wire import TokenId
 from fledge.serve.engine import ServedModel
@@ -63,6 +63,7 @@ async def tokenize(request: Request, body: TokenizeRequest, principal: User) -> 
 
 def _ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
+        notes_in(body.messages)
         specs = [tool.function for tool in body.tools or () if tool.function is not None]
         return list(model.renderer.prompt(to_conversation(body.messages, make_toolbox(specs, None, True))))
     start = [model.tokenizer.end_of_text_id] if body.add_special_tokens else []

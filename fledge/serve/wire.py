@@ -66,9 +66,9 @@ class FieldRule:
     refuses: Callable[[Any], str | None] | None = None
 
 
-def obey(rules: Sequence[FieldRule], body: BaseModel) -> dict[str, str]:
-    """Refuse what the table refuses; the header that names the inert fields of this request."""
-    inert = []
+def obey(rules: Sequence[FieldRule], body: BaseModel, inert_parts: Sequence[str] = ()) -> dict[str, str]:
+    """Refuse what the table refuses; the header that names the inert fields of this request, and parts of fields."""
+    inert = list(inert_parts)
     for rule in rules:
         value = getattr(body, rule.name, None)
         if value is None or rule.name not in body.model_fields_set:

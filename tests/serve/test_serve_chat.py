@@ -164,6 +164,24 @@ async def test_inert_fields_are_named_in_a_header(client: httpx2.AsyncClient) ->
     assert answer.headers["x-fledge-inert"] == "user, verbosity"
 
 
+async def test_what_a_client_noted_in_an_answer_comes_back_without_effect(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}", "parsed_arguments": {}}}
+    noted = {"role": "assistant", "content": "b", "parsed": None, "provider_specific_fields": {"a": 1}}
+    asked = {"role": "user", "content": "a"}
+    for notes in (noted, {**noted, "tool_calls": [call]}):
+        bare = {name: value for name, value in notes.items() if name not in ("parsed", "provider_specific_fields")}
+        heads = [(await ask(client, messages=[asked, message, asked])).headers for message in (bare, notes)]
+        assert "x-fledge-inert" not in heads[0]
+        assert heads[1]["x-fledge-inert"] == "messages.parsed, messages.provider_specific_fields"
+        first, second = (request.prompt_ids for request in server.engine.requests[-2:])
+        assert first == second
+    for message in ({**noted, "a\r\nb: c": 1}, {**noted, "é": 1}, {**noted, "": 1}, {**asked, "parsed": None}):
+        answer = await ask(client, messages=[message, asked])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 2.1}, "temperature", "invalid_value"),
     ({"temperature": "1"}, "temperature", "invalid_value"),
