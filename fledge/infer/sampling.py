@@ -59,7 +59,8 @@ def draw(scores_BV: Tensor, params: Sequence[SamplingParams], uniform_B: Tensor)
     """`sample` with parameters of its own for every row, from float32 scores that are shaped and banned already."""
     greedy = [row for row, own in enumerate(params) if _is_greedy(own)]
     if len(greedy) == len(params):
-        best_B, tokens_B = scores_BV.max(dim=-1)
+        tokens_B = _best(scores_BV)
+        best_B = scores_BV.gather(1, tokens_B[:, None])[:, 0]
         return tokens_B, best_B - best_B  # 0, or NaN where the scores were
     if not greedy:
         return invert(_filter(scores_BV, params).softmax(dim=-1), uniform_B)
@@ -88,8 +89,16 @@ def draw_logprobs(logits_BV: Tensor, params: SamplingParams, banned_ids: Sequenc
     scores_BV = _ban(logits_BV.float(), banned_ids)
     if _is_greedy(params):
         chosen_BV = torch.full_like(scores_BV, float("-inf"))
-        return chosen_BV.scatter(1, scores_BV.argmax(dim=-1, keepdim=True), 0.0)
+        return chosen_BV.scatter(1, _best(scores_BV)[:, None], 0.0)
     return _filter(scores_BV, [params] * scores_BV.shape[0]).log_softmax(dim=-1)
+
+
+def _best(scores_BV: Tensor) -> Tensor:
+    """tokens_B: the first of the best, NaN counting as the best of all."""
+    if scores_BV.device.type != "cpu":
+        return scores_BV.argmax(dim=-1)
+    # numpy looks at 16 at once: a quarter of torch's time for 32 rows of 50,000.
+    return torch.from_numpy(scores_BV.detach().numpy().argmax(axis=-1))
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -130,7 +139,9 @@ def _filter(scores_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 def _cool(scores_BV: Tensor, temperature_B1: Tensor) -> Tensor:
     # The best score is moved to 0 first, so that a low temperature cannot overflow it.
-    return (scores_BV - scores_BV.amax(dim=-1, keepdim=True)) / temperature_B1.float()
+    # And a temperature beyond float32 must not become infinity, or what is banned becomes NaN.
+    hottest = torch.finfo(torch.float32).max
+    return (scores_BV - scores_BV.amax(dim=-1, keepdim=True)) / temperature_B1.clamp(max=hottest).float()
 
 
 def _keep_best(scores_BV: Tensor, top_k_B1: Tensor) -> Tensor:
