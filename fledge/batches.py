@@ -8,7 +8,7 @@ batch before it has seen every micro-batch (train/loop.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, Self
 
 import torch
@@ -26,10 +26,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Loss:
-    """What an objective returns: terms to minimise, and statistics as (sum, count) pairs to report as means."""
+    """What an objective returns: terms to minimise, and statistics as (sum, count) pairs to report as means.
+
+    Of `lows` and `highs` a step reports the least and the greatest of its micro-batches; one that has nothing to say
+    leaves them out.
+    """
 
     terms: Mapping[str, Term]
     stats: Mapping[str, tuple[Tensor, float]]
+    lows: Mapping[str, Tensor] = field(default_factory=dict)
+    highs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Batch(Protocol):

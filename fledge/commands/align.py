@@ -26,6 +26,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--select-by", metavar="RUN[:STAGE]", help="keep the checkpoint this reward model likes (sft)")
     parser.add_argument("--safety", type=Path, nargs="+", default=[], metavar="PATH", help="safety examples (sft)")
     parser.add_argument("--members", type=int, metavar="K", help="train an ensemble of K models (reward)")
+    _add_rewards(parser)
+    parser.add_argument("--judge", metavar="RUN[:STAGE]", help="a gold judge, never trained against; stops the run")
+    parser.add_argument("--lr", type=float, help="learning rate (default: follows from the width)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
+    parser.add_argument("--plan", action="store_true", help="show the plan; run nothing")
+    parser.add_argument("--name", help="name of the run (default: MODEL-METHOD)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
+    parser.add_argument("--tensorboard", action="store_true", help="write event files as well")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
+    parser.set_defaults(run=run)
+
+
+def _add_rewards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reward",
         action="append",
@@ -37,6 +51,16 @@ def add_parser(subparsers: Any) -> None:
         "--caution", type=float, default=1.0, metavar="K", help="ensembles: mean - K x spread (default: %(default)s)"
     )
     parser.add_argument(
+        "--rule-reward",
+        action="append",
+        default=[],
+        metavar="RUN[:STAGE][=WEIGHT]",
+        help="a rule reward model, asked rule by rule; may be repeated",
+    )
+    parser.add_argument("--rules", metavar="IDS", help="it is asked about, with commas between (default: all)")
+    parser.add_argument("--constitution", type=Path, metavar="FILE", help="that holds the rules (default: fledge's)")
+    parser.add_argument("--language", choices=("en", "zh"), default="en", help="of the rules (default: %(default)s)")
+    parser.add_argument(
         "--function", action="append", default=[], metavar="FILE:NAME[=WEIGHT]", help="a Python function as reward"
     )
     parser.add_argument(
@@ -45,16 +69,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--verifier-options", metavar="JSON", help='options of the verifiers, such as {"last_number": true}'
     )
-    parser.add_argument("--judge", metavar="RUN[:STAGE]", help="a gold judge, never trained against; stops the run")
-    parser.add_argument("--lr", type=float, help="learning rate (default: follows from the width)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
-    parser.add_argument("--plan", action="store_true", help="show the plan; run nothing")
-    parser.add_argument("--name", help="name of the run (default: MODEL-METHOD)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
-    parser.add_argument("--tensorboard", action="store_true", help="write event files as well")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _order(args: argparse.Namespace) -> Any:
     from fledge.recipes.align import AlignOrder
+    from fledge.recipes.align_rules import RuleOrder
 
     if args.method is None or args.model is None:
         raise ConfigError("which method, which model? `fledge align dpo RUN:sft --data FILE`; --list shows methods")
@@ -89,6 +104,8 @@ def _order(args: argparse.Namespace) -> Any:
     if args.members is not None and args.method != "reward":
         raise ConfigError(f"--members belongs to reward, which trains an ensemble; leave it out of {args.method}")
     members = () if args.members is None else (f"train.members={args.members}",)
+    ruling = [_weighed(text, "--rule-reward") for text in args.rule_reward]
+    ids = tuple(name.strip() for name in args.rules.split(",")) if args.rules else ()
     return AlignOrder(
         method=args.method,
         model=args.model,
@@ -102,6 +119,7 @@ def _order(args: argparse.Namespace) -> Any:
         verifiers=[(*_weighed(text, "--verifier"), options) for text in args.verifier],
         functions=[_weighed(text, "--function") for text in args.function],
         caution=args.caution,
+        rules=RuleOrder(ruling, ids, args.constitution, args.language),
         judge=args.judge,
         soft_prompt=args.soft_prompt,
         select_by=args.select_by,

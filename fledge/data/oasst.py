@@ -46,6 +46,7 @@ def read(rows: Iterable[Row], intake: Intake) -> Iterator[FeedbackExample]:
         if row.has("prompt"):
             return _examples(_tree(row.object("prompt"), 0), row, intake)
         row.text("message_id")
+        row.optional_text("parent_id")
         loose.append(row)
         return []
 
@@ -53,7 +54,15 @@ def read(rows: Iterable[Row], intake: Intake) -> Iterator[FeedbackExample]:
     replies: dict[str | None, list[Row]] = defaultdict(list)
     for row in loose:
         replies[row.record.get("parent_id")].append(row)
+    known = {None, *(row.record["message_id"] for row in loose)}
+    yield from each((row for row in loose if row.record.get("parent_id") not in known), intake, _refuse_orphan)
     yield from each(replies.get(None, []), intake, lambda row: _examples(_grown(row, replies, 0), row, intake))
+
+
+def _refuse_orphan(row: Row) -> list[FeedbackExample]:
+    raise BadRow(
+        "no parent", row.where, f"no message has the id {row.record['parent_id']!r}; bring its tree or drop it"
+    )
 
 
 def write(examples: Iterable[FeedbackExample]) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ NUM_BINS = 10  # of confidence
 MAX_LEVELS = 9  # of a labeler's confidence that are shown one by one; more are put into quarters
 QUARTERS = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
 RESAMPLES = 4_000
+OWN_LABELERS, HELD_OUT_LABELERS = "all labelers of the training data", "all held-out labelers"
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,28 @@ def makers_of(pair: Comparison) -> str:
 
 
 def labeler_of(pair: Comparison) -> str | None:
+    return labeler_name(pair.ranking)
+
+
+def labeler_name(ranking: Ranking) -> str | None:
     """Who judged, with the kind where it is not a human; None if the data do not say."""
-    judgement = pair.ranking.judgement
+    judgement = ranking.judgement
     if judgement is None:
         return None
     name = judgement.labeler or "unnamed"
     return name if judgement.kind == "human" else f"{name} ({judgement.kind})"
+
+
+def by_standing(pairs: Sequence[Comparison], trained: Sequence[Ranking], seed: int) -> tuple[Group, ...]:
+    """Accuracy on the labelers of the training data and on all others together; nothing where there are no others."""
+    known = {labeler_name(ranking) for ranking in trained}
+
+    def standing(pair: Comparison) -> str | None:
+        name = labeler_of(pair)
+        return None if name is None else OWN_LABELERS if name in known else HELD_OUT_LABELERS
+
+    found = groups(pairs, standing, seed)
+    return found if any(group.name == HELD_OUT_LABELERS for group in found) else ()
 
 
 def by_confidence(pairs: Sequence[Comparison], seed: int) -> tuple[Group, ...]:

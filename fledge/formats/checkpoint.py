@@ -251,9 +251,13 @@ def load_state(parent: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | 
 
 
 def clear_states(parent: Path) -> None:
-    """Remove the training states of a stage that has finished."""
+    """Remove the training states of a stage that has finished, and after them what it kept beside them as `state-*`:
+    whoever finds a state finds that too."""
     for _, directory in _states(parent):
         shutil.rmtree(directory)
+    for file in parent.glob("state-*"):
+        if file.is_file():
+            file.unlink()
 
 
 def _states(parent: Path) -> list[tuple[int, Path]]:

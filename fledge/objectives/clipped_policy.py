@@ -80,7 +80,7 @@ class ClippedPolicy:
         return rollout
 
     def loss(self, model: Trunk, batch: Rollout) -> Loss:
-        """Term `policy`: sum over actions. Stats: see `policy_stats`."""
+        """Term `policy`: sum over actions. Figures: see `policy_stats` and `ratio_extremes`."""
         x = model.embed(batch.tokens_BT, SegmentContext(batch.segments_BT))
         logprobs_BT = self.region(model, x, batch.tokens_BT, batch.segments_BT, self.space)
         mask_BT, count = batch.action_mask_BT, batch.counts["policy"]
@@ -88,7 +88,8 @@ class ClippedPolicy:
         log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - batch.old_logprobs_BT, 0.0)
         loss_BT = clipped_policy_loss(log_ratio_BT, batch.advantages_BT, self.clip, self.dual_clip)
         terms = {"policy": Term((loss_BT * mask_BT).sum(), count)}
-        return Loss(terms, policy_stats(log_ratio_BT.detach(), batch, self.clip))
+        stats = policy_stats(log_ratio_BT.detach(), batch, self.clip)
+        return Loss(terms, stats, *ratio_extremes(log_ratio_BT.detach(), mask_BT))
 
 
 def check_clip(clip: float, clip_high: float | None, dual_clip: float | None) -> None:
@@ -121,10 +122,7 @@ def clipped_policy_loss(
 def policy_stats(
     log_ratio_BT: Tensor, batch: Rollout, clip: float, clip_high: float | None = None
 ) -> dict[str, tuple[Tensor, float]]:
-    """Means over actions of `approx_kl` (old to new, k3) and `clip_fraction`; `ratio_min`, `ratio_max`, `ratio_gap`.
-
-    The last three are extremes of rho and of |rho - 1| over the actions of this batch, each with count 1.
-    """
+    """Means over actions of `approx_kl` (old to new, k3) and `clip_fraction`."""
     ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     mask_BT = batch.action_mask_BT
     count = float(mask_BT.sum())
@@ -134,7 +132,14 @@ def policy_stats(
     return {
         "approx_kl": (((ratio_BT - 1 - log_ratio_BT) * mask_BT).sum(), count),
         "clip_fraction": ((is_clipped_BT * mask_BT).sum(), count),
-        "ratio_min": (torch.where(mask_BT > 0, ratio_BT, torch.inf).min(), 1.0),
-        "ratio_max": (torch.where(mask_BT > 0, ratio_BT, -torch.inf).max(), 1.0),
-        "ratio_gap": (((ratio_BT - 1).abs() * mask_BT).max(), 1.0),
     }
+
+
+@torch.no_grad()
+def ratio_extremes(log_ratio_BT: Tensor, mask_BT: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(`ratio_min`), (`ratio_max`, `ratio_gap`): the extremes of rho and of |rho - 1| over the actions of this batch;
+    nothing of a batch without any, as where no episode's reward could be had."""
+    ratios = log_ratio_BT[mask_BT > 0].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if not ratios.numel():
+        return {}, {}
+    return {"ratio_min": ratios.min()}, {"ratio_max": ratios.max(), "ratio_gap": (ratios - 1).abs().max()}

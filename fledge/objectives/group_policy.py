@@ -27,6 +27,7 @@ from fledge.objectives.clipped_policy import (
     check_clip,
     clipped_policy_loss,
     policy_stats,
+    ratio_extremes,
 )
 from fledge.objectives.kl import k2, k3
 from fledge.objectives.next_token import Trunk
@@ -59,7 +60,7 @@ class GroupPolicy:
         return rollout
 
     def loss(self, model: Trunk, batch: GroupRollout) -> Loss:
-        """Terms `policy` and, with a beta, `kl`: sums over actions, weighed by the batch. Stats: see `policy_stats`."""
+        """Terms `policy` and, with a beta, `kl`: sums over actions, weighed by the batch; figures as PPO."""
         x = model.embed(batch.tokens_BT, SegmentContext(batch.segments_BT))
         logprobs_BT = self.region(model, x, batch.tokens_BT, batch.segments_BT, self.space)
         is_action_BT = batch.action_mask_BT > 0
@@ -71,4 +72,5 @@ class GroupPolicy:
             delta_BT = torch.where(is_action_BT, logprobs_BT - batch.reference_logprobs_BT, 0.0)
             kl_BT = k2(delta_BT) if self.estimator == "k2" else k3(delta_BT)
             terms["kl"] = Term((kl_BT * batch.weights_BT).sum(), batch.counts["kl"], self.beta)
-        return Loss(terms, policy_stats(log_ratio_BT.detach(), batch, self.clip, self.clip_high))
+        stats = policy_stats(log_ratio_BT.detach(), batch, self.clip, self.clip_high)
+        return Loss(terms, stats, *ratio_extremes(log_ratio_BT.detach(), batch.action_mask_BT))

@@ -9,7 +9,7 @@ frozen plan, a manifest a stage, a state to go on from, metrics, samples, a card
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,25 @@ from fledge.config import config_hash, override, to_json
 from fledge.errors import ConfigError, DataError, Interrupted, nearest
 from fledge.files import sha256_file
 from fledge.formats.checkpoint import LoadedModel
-from fledge.recipes.align_data import data_stage
 from fledge.recipes.align_demonstrations import reward_stage, sft_stage
 from fledge.recipes.align_health import health_stage
 from fledge.recipes.align_models import Context, load_scorer, load_start, own_stages
 from fledge.recipes.align_offline import kto_stage, preference_stage, reference_stage
 from fledge.recipes.align_outcome import outcome_stage
-from fledge.recipes.align_plan import AlignPlan, DataPlan, JudgePlan, LoraPlan, OutcomePlan, SelectPlan, StartPlan
+from fledge.recipes.align_plan import (
+    AlignPlan,
+    DataPlan,
+    JudgePlan,
+    LoraPlan,
+    OutcomePlan,
+    RewardPart,
+    SelectPlan,
+    StartPlan,
+)
+from fledge.recipes.align_reading import data_stage
 from fledge.recipes.align_rewards import DEFAULT_CAUTION, RewardOrder, reward_parts
 from fledge.recipes.align_rl import rl_stage
+from fledge.recipes.align_rules import RuleOrder
 from fledge.recipes.align_sampling import best_of_n_stage, feedme_stage, samples_stage
 from fledge.recipes.align_settings import SAFETY_SHARE, Scope, settings_of, with_lr
 from fledge.recipes.card_page import write_card
@@ -80,7 +90,8 @@ def method_named(name: str) -> Method:
 @dataclass(frozen=True)
 class AlignOrder:
     """What the user asked for. `rewards`: (name of a reward model's run, weight), several names with commas between an
-    ensemble of that `caution`; `verifiers`: (name, weight, options); `functions`: (FILE.py:NAME, weight).
+    ensemble of that `caution`; `rules`: rule reward models and their rules; `verifiers`: (name, weight, options);
+    `functions`: (FILE.py:NAME, weight).
 
     `lora` is the rank of an adapter, `soft_prompt` the length of a soft prompt; without either all weights train.
     `judge` names a reward model that is never trained against, `select_by` one that chooses among the checkpoints of
@@ -99,6 +110,7 @@ class AlignOrder:
     verifiers: Sequence[tuple[str, float, Mapping[str, Any]]] = ()
     functions: Sequence[tuple[str, float]] = ()
     caution: float = DEFAULT_CAUTION
+    rules: RuleOrder = field(default_factory=RuleOrder)
     judge: str | None = None
     soft_prompt: int | None = None
     select_by: str | None = None
@@ -132,9 +144,7 @@ def plan_of(order: AlignOrder) -> AlignPlan:
         data=_data_plan(order),
         lora=lora,
         train=settings,
-        rewards=reward_parts(
-            RewardOrder(order.rewards, order.verifiers, order.functions, order.caution), order.runs, start
-        ),
+        rewards=_reward_parts(order, start),
         judge=_judge_plan(order, start),
         soft_prompt=order.soft_prompt,
         select=_select_plan(order, start),
@@ -185,19 +195,23 @@ def stages_of(plan: AlignPlan) -> tuple[Stage[AlignPlan], ...]:
 
 
 def _refuse_contradictions(order: AlignOrder, method: Method) -> None:
-    has_reward = bool(order.rewards or order.verifiers or order.functions)
+    has_reward = bool(order.rewards or order.verifiers or order.functions or order.rules.models)
     if method.is_rewarded and not has_reward:
         raise ConfigError(
             f"{method.name} needs a reward: --reward RUN:reward, --function FILE.py:NAME, --verifier NAME"
         )
     if not method.is_rewarded and has_reward:
-        raise ConfigError(f"{method.name} learns without rewards; leave out --reward, --function and --verifier")
+        raise ConfigError(
+            f"{method.name} learns without rewards; leave out --reward, --rule-reward, --function and --verifier"
+        )
+    if not order.rules.models and (order.rules.ids or order.rules.constitution):
+        raise ConfigError("--rules and --constitution belong to a rule reward model; name it with --rule-reward")
     _refuse_what_only_sft_can(order, method)
     if order.lora_targets is not None and order.lora is None:
         raise ConfigError("--lora-targets says where an adapter goes; give its rank with --lora")
     if not 0 <= order.caution < float("inf"):
         raise ConfigError(f"--caution {order.caution}: expected 0 or more spreads to take off an ensemble's mean")
-    if order.judge is not None and order.judge in {name for name, _ in order.rewards}:
+    if order.judge is not None and order.judge in {name for name, _ in (*order.rewards, *order.rules.models)}:
         raise ConfigError(f"--judge {order.judge} is trained against; a gold judge must be another model (C58)")
     if order.lr is not None and not 0 < order.lr < float("inf"):
         raise ConfigError(f"--lr {order.lr}: expected a positive number")
@@ -236,11 +250,16 @@ def _files_of(path: Path) -> list[Path]:
     return sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
 
 
+def _reward_parts(order: AlignOrder, start: LoadedModel) -> tuple[RewardPart, ...]:
+    rewards = RewardOrder(order.rewards, order.verifiers, order.functions, order.caution, order.rules)
+    return reward_parts(rewards, order.runs, start)
+
+
 def _judge_plan(order: AlignOrder, start: LoadedModel) -> JudgePlan | None:
     if order.judge is None:
         return None
     judge = load_scorer(order.judge, order.runs, start)
-    parts = reward_parts(RewardOrder(order.rewards), order.runs, start)
+    parts = _reward_parts(order, start)
     if judge.hash in {member.hash for part in parts for member in part.models}:
         raise ConfigError(f"--judge {order.judge} has the weights of a reward; a gold judge must be another (C58)")
     return JudgePlan(order.judge, judge.hash)

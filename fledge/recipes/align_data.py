@@ -1,7 +1,6 @@
-"""The data of an alignment run: any format in, rows that cannot be used refused or counted, split by prompt, as tokens.
+"""The data of an alignment run as tokens: converters from examples, and what the stage `data` left (align_reading.py).
 
-The stage `data` leaves the examples of both sides as JSON lines; `tokens_of` makes of them what a method learns from.
-Both call the same converters, so that a row which fails later is refused here, with its file and line.
+That stage leaves the examples of both sides as JSON lines; `tokens_of` makes of them what a method learns from.
 
 An answer's tokens are what the chat template puts after the prompt, up to and with the end of the turn.
 """
@@ -9,8 +8,7 @@ An answer's tokens are what the chat template puts after the prompt, up to and w
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -18,19 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from fledge.config import from_json, to_json
+from fledge.config import from_json
 from fledge.data.feedback import FeedbackExample, prompt_of
-from fledge.data.interchange import read
-from fledge.data.prompt_split import Sides, require_disjoint, split_by_prompt
-from fledge.data.reading import Drops
-from fledge.data.records import LINE_SUFFIXES, BadRow, Intake
-from fledge.errors import DataError, UserError
-from fledge.files import write_text
+from fledge.errors import DataError
 from fledge.objectives.preference import PreferenceIds
 from fledge.objectives.ranking import PairLabel, RankedIds
-from fledge.recipes.align_models import Context, start_of
-from fledge.recipes.align_plan import AlignPlan, DataPlan
-from fledge.recipes.report import Fact, Licence, Table
+from fledge.recipes.align_models import Context
+from fledge.recipes.align_plan import AlignPlan
 from fledge.text.chat import Renderer, normalise
 from fledge.text.prefixed import PrefixedRenderer
 from fledge.types import (
@@ -193,6 +185,24 @@ def askings(example: FeedbackExample, cut: Cut) -> list[Asking]:
     return [Asking(prompt, ids, {key: value for key, value in record.items() if value is not None})]
 
 
+def demonstration(example: FeedbackExample, cut: Cut) -> tuple[Ids, Ids] | None:
+    """(prompt, answer) that FeedME may imitate: the first answer of a conversation, or one that people have rated."""
+    if isinstance(example, RatedExample):
+        return answer_ids(cut, example.prompt, example.completion)
+    if not isinstance(example, ChatExample):
+        return None
+    messages = example.conversation.messages
+    place = next(i for i, message in enumerate(messages) if message.role == "assistant")
+    return answer_ids(cut, replace(example.conversation, messages=messages[:place]), messages[place].text)
+
+
+def askings_and_shown(example: FeedbackExample, cut: Cut) -> list[Asking]:
+    """As `askings`; `DataError` as well for an answer that could not be imitated."""
+    found = askings(example, cut)
+    demonstration(example, cut)
+    return found
+
+
 Converter = Callable[[FeedbackExample, Cut], Sequence[Any]]
 CONVERTERS: Mapping[str, Converter] = {
     "sft": pieces,
@@ -204,7 +214,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "grpo": askings,
     "rloo": askings,
     "best-of-n": askings,
-    "feedme": askings,
+    "feedme": askings_and_shown,
 }
 
 
@@ -229,42 +239,7 @@ def _wrong_kind(example: FeedbackExample, wanted: str) -> DataError:
     )
 
 
-# The stage.
-
-
-def data_stage(context: Context) -> None:
-    """Read, refuse or count what cannot be used, split by prompt, write `train.jsonl` and `held_out.jsonl`."""
-    plan = context.plan.data
-    cut = cut_of(context, start_of(context).renderer)
-    drops = Drops()
-    found = [example for path in plan.paths for example in _usable(Path(path), context, cut, drops)]
-    if plan.held_out is None:
-        sides = split_by_prompt(found, share=plan.held_out_share)
-    else:
-        others = tuple(_usable(Path(plan.held_out), context, cut, drops))
-        require_disjoint(found, others, names=("--data", "--held-out"))
-        sides = Sides(tuple(found), others, 0, 0)
-    for name, side in ((TRAIN, sides.train), (HELD_OUT, sides.validation)):
-        if not side:
-            raise DataError(
-                f"{', '.join(plan.paths)}: {len(found)} usable rows leave none for '{name.replace('_', ' ')}' "
-                f"(prompts are split by their hash, {plan.held_out_share:.0%} held out); bring more, raise "
-                "data.held_out_share, or give --held-out"
-            )
-        _write_side(context, name, side)
-    demonstrations = [example for path in plan.safety for example in _usable(Path(path), context, cut, drops)]
-    if plan.held_out is not None:
-        require_disjoint(demonstrations, sides.validation, names=("--safety", "--held-out"))
-    # The split follows from the prompt alone, so a prompt that is held out there is held out here.
-    apart = split_by_prompt(demonstrations, share=plan.held_out_share)
-    _write_side(context, SAFETY_TRAIN, apart.train)
-    _write_side(context, SAFETY_HELD_OUT, apart.validation)
-    _report(context, sides, apart, drops)
-
-
-def _write_side(context: Context, name: str, side: Sequence[FeedbackExample]) -> None:
-    lines = (json.dumps({"kind": type(e).__name__, "example": to_json(e)}, ensure_ascii=False) for e in side)
-    write_text(context.path / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+# What the stage `data` left.
 
 
 def mixes_texts(plan: AlignPlan) -> bool:
@@ -319,50 +294,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return found
-
-
-def _usable(path: Path, context: Context, cut: Cut, drops: Drops) -> Iterator[FeedbackExample]:
-    """The examples of a file that the method can learn from."""
-    plan: DataPlan = context.plan.data
-    intake = Intake(bad=drops if plan.skip_bad else None, max_chars=plan.max_chars)
-    convert = CONVERTERS[context.plan.method]
-    for example in read(path, intake, name=plan.format):
-        try:
-            if not (isinstance(example, TextExample) and mixes_texts(context.plan)):
-                convert(example, cut)
-        except UserError as why:
-            reason, _, detail = str(why).partition(": ")
-            intake.turn_away(BadRow(reason, _place(path, example), detail or reason))
-            continue
-        yield example
-
-
-def _place(path: Path, example: FeedbackExample) -> str:
-    """Where in the file an example stands: its line or row, or the name it has there."""
-    name, _, number = example.provenance.id.rpartition(":")
-    if name != path.name or not number.isdigit():
-        return f"{path}, {example.provenance.id}"
-    return f"{path}, {'line' if path.name.lower().endswith(LINE_SUFFIXES) else 'row'} {number}"
-
-
-def _report(context: Context, sides: Sides[FeedbackExample], safety: Sides[FeedbackExample], drops: Drops) -> None:
-    everything = (*sides.train, *sides.validation, *safety.train, *safety.validation)
-    sources = Counter((e.provenance.source, e.provenance.licence) for e in everything)
-    skipped = [(reason, count, drops.first[reason]) for reason, count in drops.counts.most_common()]
-    note = "A prompt's side follows from a hash of how it begins: no answer to a training prompt is held out."
-    split = [(TRAIN, len(sides.train)), ("held out", len(sides.validation))]
-    if context.plan.data.safety:
-        split += [("safety, train", len(safety.train)), ("safety, held out", len(safety.validation))]
-    context.report = replace(
-        context.report,
-        headline=Fact("rows", len(everything)),
-        facts=(Fact("rows skipped", sum(drops.counts.values())), Fact("prompts", sides.num_prompts or None)),
-        tables=(
-            Table.of("Split by prompt", ("side", "rows"), split, note),
-            Table.of("Rows that could not be used", ("reason", "rows", "first"), skipped),
-        ),
-        licences=tuple(
-            Licence(source, licence, count, used_for=context.plan.method)
-            for (source, licence), count in sorted(sources.items())
-        ),
-    )

@@ -33,7 +33,7 @@ def health_stage(context: Context) -> None:
     models = [load_model(context.run / name / "model", device=context.device) for name in own_stages(context.plan)]
     start = start_of(context)
     cut, seed = cut_of(context, start.renderer), context.plan.seed
-    rankings = [as_ranking(example) for example in examples_of(context, HELD_OUT)]
+    trained, rankings = ([as_ranking(e) for e in examples_of(context, side)] for side in (TRAIN, HELD_OUT))
     scored = _scored(models, rankings, cut)
     pairs = health.comparisons(scored)
     bins = health.reliability(pairs, seed)
@@ -44,7 +44,7 @@ def health_stage(context: Context) -> None:
         rankings=len(rankings),
         accuracy=health.accuracy(pairs, seed),
         sources=health.groups(pairs, health.source_of, seed),
-        labelers=health.groups(pairs, health.labeler_of, seed),
+        labelers=(*health.groups(pairs, health.labeler_of, seed), *health.by_standing(pairs, trained, seed)),
         confidence=health.by_confidence(pairs, seed),
         makers=health.groups(pairs, health.makers_of, seed),
         bins=bins,

@@ -209,7 +209,7 @@ def _win_tables(
     context: Context, start: LoadedModel, asked: Sequence[Asking], spoken: tuple[Spoken, Spoken]
 ) -> list[Table]:
     """How often each judge of the plan prefers the answer of afterwards; rewards that were trained on say so."""
-    judges = [(part, "trained on") for part in context.plan.rewards if part.kind == "model"]
+    judges = [(part, "trained on") for part in context.plan.rewards if part.models]
     for other, standing in ((context.plan.judge, "never trained on"), (context.plan.select, "chose the checkpoint")):
         if other is not None:
             judges.append((RewardPart("model", other.name, hash=other.hash), standing))

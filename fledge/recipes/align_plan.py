@@ -26,7 +26,9 @@ class DataPlan:
 
     `safety` are files of safety demonstrations, a source of their own in the mix of sft (train.safety_share).
     `skip_bad` false: the first bad row ends the run. `held_out_share` of the prompts is kept for measuring, unless the
-    file `held_out` brings others.
+    file `held_out` brings others. `personal` says what becomes of personal data (data/pii.py): kept, replaced by their
+    kind, or their rows left out. Of prompts that agree in their first `prefix_chars` characters the first is taken
+    (None: all of them), as InstructGPT did (Ouyang et al. 2022, section 3.2).
     """
 
     paths: tuple[str, ...]
@@ -37,10 +39,14 @@ class DataPlan:
     skip_bad: bool = False
     held_out_share: float = 0.1
     max_chars: int = 100_000
+    personal: Literal["keep", "redact", "drop"] = "keep"
+    prefix_chars: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share must lie between 0 and 1, got {self.held_out_share}")
+        if self.prefix_chars is not None and self.prefix_chars < 1:
+            raise ValueError(f"prefix_chars must be at least 1, got {self.prefix_chars}; null takes all prompts")
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,14 @@ class LoraPlan:
 
 @dataclass(frozen=True)
 class RewardPart:
-    """One summand of the reward: a reward model by the name of its run, a verifier with its options, or a Python
-    function, whose file `options` names and `hash` pins; both of these run in a confined process.
+    """One summand of the reward: a reward model by the name of its run, a rule reward model with the rules it is asked
+    about in `options` (as it is told them, by id), a verifier with its options, or a Python function, whose file
+    `options` names and `hash` pins; both of these run in a confined process.
 
     Several models under one name are an ensemble, `members`: their mean less `caution` times their spread.
     """
 
-    kind: Literal["model", "verifier", "function"]
+    kind: Literal["model", "rules", "verifier", "function"]
     name: str
     weight: float = 1.0
     hash: str | None = None
@@ -83,7 +90,7 @@ class RewardPart:
     @property
     def models(self) -> tuple[StartPlan, ...]:
         """The reward models of this part: none for what is no model."""
-        if self.kind != "model":
+        if self.kind not in ("model", "rules"):
             return ()
         return self.members or (StartPlan(self.name, self.hash or ""),)
 

@@ -1,4 +1,5 @@
-"""The rewards of an alignment run: a weighted sum of reward models, ensembles of them, Python functions and verifiers.
+"""The rewards of an alignment run: a weighted sum of reward models, ensembles of them, rule reward models, Python
+functions and verifiers.
 
 `reward_parts` pins in the plan what the user named; `reward_sum` makes of it the one scorer that the algorithms ask.
 Functions and verifiers run in confined processes (rl/judge.py), never in the trainer's.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from fledge.errors import ConfigError
 from fledge.files import sha256_file
 from fledge.formats.checkpoint import LoadedModel
-from fledge.recipes.align_data import Asking
+from fledge.recipes.align_data import HELD_OUT, TRAIN, Asking, askings_of, cut_of
 from fledge.recipes.align_models import Context, load_scorer, refuse_other_weights, scalar
 from fledge.recipes.align_plan import RewardPart, StartPlan
+from fledge.recipes.align_rules import RuleOrder, RuleScorer, rules_part
 from fledge.recipes.answers import score_answers
 from fledge.recipes.runs import resolve_model
 from fledge.rl.ensemble import EnsembleScorer, combined
@@ -40,6 +42,7 @@ class RewardOrder:
     verifiers: Sequence[tuple[str, float, Mapping[str, Any]]] = ()
     functions: Sequence[tuple[str, float]] = ()
     caution: float = DEFAULT_CAUTION
+    rules: RuleOrder = field(default_factory=RuleOrder)
 
 
 def reward_parts(order: RewardOrder, runs: Path, start: LoadedModel) -> tuple[RewardPart, ...]:
@@ -48,6 +51,7 @@ def reward_parts(order: RewardOrder, runs: Path, start: LoadedModel) -> tuple[Re
     for name, weight, told in order.verifiers:
         _ = Verifier(name, told)  # refuses an unknown name
         parts.append(RewardPart("verifier", name, weight, None, dict(told)))
+    parts += [rules_part(name, weight, order.rules, runs, start) for name, weight in order.rules.models]
     return (*parts, *(_function_part(text, weight) for text, weight in order.functions))
 
 
@@ -106,10 +110,20 @@ def _part(context: Context, part: RewardPart, start: LoadedModel, judge: Judge) 
     if part.kind == "function":
         _refuse_other_function(part)
         return Part.text(part.name, VerifierReward(Verifier("custom", part.options), judge), part.weight)
+    if part.kind == "rules":
+        return Part.model(part.name, rule_scorer(context, part, start), part.weight)
     rows = getattr(context.plan.train, "forward_rows", 64)
     scorers: list[Scorer] = [RewardModelScorer(scalar(loaded), rows) for loaded in loaded_models(context, part, start)]
     scorer = EnsembleScorer(scorers, part.caution) if part.members else scorers[0]
     return Part.model(part.name, scorer, part.weight)
+
+
+def rule_scorer(context: Context, part: RewardPart, start: LoadedModel) -> RuleScorer:
+    """The rule reward model of a part, for every prompt of the run."""
+    (loaded,) = loaded_models(context, part, start)
+    cut = cut_of(context, start.renderer)
+    asked = [asking for side in (TRAIN, HELD_OUT) for asking in askings_of(context, side, cut)]
+    return RuleScorer(loaded, tuple(part.options["rules"].values()), {a.ids: a.conversation for a in asked})
 
 
 def _refuse_other_function(part: RewardPart) -> None:
@@ -131,7 +145,9 @@ def loaded_models(context: Context, part: RewardPart, start: LoadedModel) -> lis
 def part_scores(
     context: Context, part: RewardPart, start: LoadedModel, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> Tensor:
-    """What the reward model or ensemble of a part says to each (prompt ids, answer ids)."""
+    """What the reward model, ensemble or rule reward model of a part says to each (prompt ids, answer ids)."""
+    if part.kind == "rules":
+        return rule_scorer(context, part, start).score(answers)
     scores = [
         score_answers(scalar(loaded), answers, start.tokenizer.pad_id) for loaded in loaded_models(context, part, start)
     ]

@@ -222,7 +222,7 @@ def _algorithm(context: Context, start: LoadedModel, policy: Any, world: World) 
 def _value_model(context: Context, start: LoadedModel, policy: nn.Module) -> ScalarModel:
     """The value function begins as the first reward model, head included (C41); without one as the start's trunk with
     a head of zeros, which predicts 0 everywhere. It trains as the policy does: whole, or by an adapter."""
-    models = [member for part in context.plan.rewards for member in part.models]
+    models = [member for part in context.plan.rewards if part.kind == "model" for member in part.models]
     if models:
         value = scalar(load_scorer(models[0].name, context.run.parent, start, context.device))
         trunk: Any = value.trunk

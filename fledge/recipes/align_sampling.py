@@ -17,7 +17,7 @@ import torch
 from fledge.data.pack import PackedRows, PieceList
 from fledge.errors import DataError
 from fledge.formats.checkpoint import LoadedModel, load_state
-from fledge.recipes.align_data import HELD_OUT, TRAIN, Ids, answer_ids, askings_of, cut_of, examples_of, read_lines
+from fledge.recipes.align_data import HELD_OUT, TRAIN, askings_of, cut_of, demonstration, examples_of, read_lines
 from fledge.recipes.align_demonstrations import imitate
 from fledge.recipes.align_models import Context, save_aligned, start_of, trainable_model
 from fledge.recipes.align_offline import parts
@@ -25,11 +25,11 @@ from fledge.recipes.align_rl import world_of
 from fledge.recipes.report import Curve, Fact, Series
 from fledge.recipes.training import Keeper, record_step
 from fledge.rl.best_of import Scored, accepted, expected_best, kl_bound, sample_scored
-from fledge.rl.feedme import FeedME, piece_of
+from fledge.rl.feedme import Demonstration, FeedME, piece_of, rated_high
 from fledge.rl.judge import Judge
 from fledge.rl.prompts import seed_of
 from fledge.train.metrics import JsonLines
-from fledge.types import ChatExample, Completion
+from fledge.types import Completion, RatedExample
 
 
 def samples_stage(context: Context) -> None:
@@ -87,7 +87,8 @@ def feedme_stage(context: Context) -> None:
         world = world_of(context, start, judge)
         cut = cut_of(context, start.renderer)
         held_out = [asking.ids for asking in askings_of(context, HELD_OUT, cut)]
-        feedme = FeedME(context.plan.train, policy, world, _demonstrations(context, start), held_out)
+        shown, rated = _demonstrations(context, start)
+        feedme = FeedME(context.plan.train, policy, world, [*shown, *rated], held_out)
         saved = load_state(context.path)
         if saved is not None:
             feedme.load(saved[1], saved[2])
@@ -99,7 +100,8 @@ def feedme_stage(context: Context) -> None:
         facts=(
             Fact("rounds", feedme.round_number),
             Fact("answers kept", len(feedme.kept)),
-            Fact("demonstrations", len(feedme.demonstrations)),
+            Fact("demonstrations", len(shown)),
+            Fact("answers that people rated high enough", len(rated)),
         ),
     )
 
@@ -119,17 +121,18 @@ def _feedme_rounds(context: Context, feedme: FeedME) -> None:
         log.close()
 
 
-def _demonstrations(context: Context, start: LoadedModel) -> list[tuple[Ids, Ids]]:
-    """The first answers of the conversations among the data."""
+def _demonstrations(context: Context, start: LoadedModel) -> tuple[list[Demonstration], list[Demonstration]]:
+    """(the first answers of the conversations among the data, the answers that people rated high enough)."""
     cut = cut_of(context, start.renderer)
-    found = []
+    shown: list[Demonstration] = []
+    rated: list[tuple[Demonstration, float]] = []
     for example in examples_of(context, TRAIN):
-        if isinstance(example, ChatExample):
-            prompt = list(example.conversation.messages)
-            place = next(i for i, message in enumerate(prompt) if message.role == "assistant")
-            asked = replace(example.conversation, messages=tuple(prompt[:place]))
-            found.append(answer_ids(cut, asked, prompt[place].text))
-    return found
+        found = demonstration(example, cut)
+        if found is not None and isinstance(example, RatedExample):
+            rated.append((found, example.rating))
+        elif found is not None:
+            shown.append(found)
+    return shown, rated_high(rated, context.plan.train)
 
 
 def _as_json(one: Scored) -> dict[str, Any]:

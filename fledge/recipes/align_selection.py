@@ -28,7 +28,7 @@ from fledge.train.loop import TrainState
 from fledge.train.metrics import JsonLines
 from fledge.types import ChatExample, Metrics
 
-BEST = "best.safetensors"
+BEST = "state-best.safetensors"  # a part of the training state, gone when that is: a stage may stop after `keep`
 
 
 class Selection:
@@ -90,7 +90,6 @@ class Selection:
         device = next(self._start.model.parameters()).device
         best = {name: tensor.to(device) for name, tensor in load_file(self._context.path / BEST).items()}
         load_trainable(self._start.model, best)
-        (self._context.path / BEST).unlink()
         looks = self._looks()
         scores = [look["score"] for look in looks]
         chosen = looks[scores.index(max(scores))]

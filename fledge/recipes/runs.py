@@ -77,7 +77,10 @@ def find_run(name: str, runs: Path = Path("runs")) -> Path:
 
 
 def resolve_model(spec: str, runs: Path = Path("runs")) -> Path:
-    """The checkpoint folder of `RUN` (its furthest stage) or `RUN:STAGE`, of an imported model, or of a path."""
+    """The checkpoint folder of `RUN` (its furthest stage) or `RUN:STAGE`, of an imported model, or of a path.
+
+    `RUN:STAGE/NAME` is another model of a stage: PPO's average `ppo/ema`, or `dpo/checkpoint-100`.
+    """
     for path in (Path(spec), runs / spec):
         if (path / "run.json").is_file():
             return path
@@ -90,6 +93,8 @@ def resolve_model(spec: str, runs: Path = Path("runs")) -> Path:
     have = ", ".join(reversed(finished)) or "none yet"
     if not colon:
         raise RunError(f"run '{name}' has no finished model to talk with; finish it with the command that began it")
+    if re.fullmatch(r"[\w-]+/[\w-]+", stage) and (run / stage / "run.json").is_file():
+        return run / stage
     if not (run / stage / "model" / "run.json").is_file():
         raise RunError(f"run '{name}' has no model '{stage}'; finished stages with one: {have}")
     return run / stage / "model"

@@ -38,6 +38,7 @@ class FeedMEConfig:
     """`rounds` of `prompts` prompts with `samples` answers each, then `steps` optimizer steps on `rows` rows.
 
     Kept are answers rated at least `threshold`, and of those the `top` of each prompt; one of the two may be None.
+    Answers that people rated at least `rating` beforehand are demonstrations (`rated_high`).
     `demonstration_share` of each step's rows are demonstrations, as far as there are any. An answer that ran out of
     tokens is no demonstration and is never kept.
     """
@@ -50,6 +51,7 @@ class FeedMEConfig:
     steps: int = 30
     rows: int = 32
     demonstration_share: float = 0.25
+    rating: float = 7.0
     prompt_length: int = 64
     response_length: int = 48
     temperature: float = 1.0
@@ -90,6 +92,11 @@ def keep_rated(
     good = accepted([one for one in scored if one.prompt not in held_out], threshold=threshold, top=top)
     pairs = [(prompt, completion.ids) for prompt, completion in good if completion.ids and completion.ids[-1] == end_id]
     return [pair for pair in dict.fromkeys(pairs) if pair not in known]
+
+
+def rated_high(rated: Sequence[tuple[Demonstration, float]], config: FeedMEConfig) -> list[Demonstration]:
+    """Those of the answers that people rated at least `rating`, each once."""
+    return list(dict.fromkeys(one for one, rating in rated if rating >= config.rating))
 
 
 class FeedME:

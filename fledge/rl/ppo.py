@@ -237,9 +237,9 @@ class PPO:
         )
         # Nothing has been learned before a round's first step: sampler, trainer and mask agree, or this is a bug.
         tolerance = RATIO_TOLERANCE[self.device.type]
-        # A mean of the parts' largest gaps times their number is at least the largest of all.
-        if index == 0 and not metrics["ratio_gap"] * len(parts) <= tolerance:
-            self._halt(f"ratio {metrics['ratio_gap']:.2e} away from 1 before any step", minibatch)
+        gap = metrics.get("ratio_gap", 0.0)  # a minibatch whose rewards all failed has no action
+        if index == 0 and not gap <= tolerance:
+            self._halt(f"ratio {gap:.2e} away from 1 before any step", minibatch)
         if index == 0 == self.round_number and (complaint := moved_at_the_start(minibatch, tolerance)):
             self._halt(complaint, minibatch)
         value_metrics = train_step(

@@ -89,8 +89,10 @@ def sampler_gap(rollout: Rollout) -> Metrics:
 
 def update_metrics(steps: Sequence[Metrics]) -> Metrics:
     """One round's optimizer steps in one: extremes of `ratio_*`, the first step's `ratio_gap`, means of the rest."""
-    merged = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    merged["ratio_min"] = min(step["ratio_min"] for step in steps)
-    merged["ratio_max"] = max(step["ratio_max"] for step in steps)
-    merged["ratio_gap"] = steps[0]["ratio_gap"]
+    told: dict[str, list[float]] = {}
+    for name, value in (item for step in steps for item in step.items()):
+        told.setdefault(name, []).append(value)
+    merged = {name: sum(values) / len(values) for name, values in told.items()}
+    merged["ratio_min"], merged["ratio_max"] = min(told["ratio_min"]), max(told["ratio_max"])
+    merged["ratio_gap"] = told["ratio_gap"][0]
     return merged

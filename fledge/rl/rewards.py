@@ -192,10 +192,7 @@ class RewardSum:
     def attempts(self, episodes: Episodes) -> list[Attempt]:
         """The episodes as text. `DataError` for a prompt without a record."""
         found = []
-        tokens, segments, masks = (t.cpu() for t in (episodes.tokens_BT, episodes.segments_BT, episodes.action_mask_BT))
-        for row in range(len(tokens)):
-            prompt = tuple(tokens[row][(segments[row] > 0) & (masks[row] == 0)].tolist())
-            said = tokens[row][masks[row] > 0].tolist()
+        for row, (prompt, said) in enumerate(episodes.spoken()):
             if prompt not in self.records.of_prompt:
                 raise DataError(
                     f"a prompt of {len(prompt)} tokens has no record; give Records every prompt of the world"

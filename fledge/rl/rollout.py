@@ -77,6 +77,14 @@ class Episodes:
         """The episodes of all parts, one part after another."""
         return cls(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
 
+    def spoken(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(prompt, answer) of every episode as ids, without padding."""
+        tokens, segments, masks = (t.cpu() for t in (self.tokens_BT, self.segments_BT, self.action_mask_BT))
+        return [
+            (tuple(ids[(segment > 0) & (mask == 0)].tolist()), tuple(ids[mask > 0].tolist()))
+            for ids, segment, mask in zip(tokens, segments, masks, strict=True)
+        ]
+
     def chunks(self, size: int) -> Iterator[Episodes]:
         """The same episodes, `size` at a time."""
         pieces = (tensor.split(size) for tensor in vars(self).values())

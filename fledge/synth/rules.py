@@ -90,10 +90,17 @@ def judge(
 
 def rule_dialogue(prompt: Conversation, rule: Rule, language: Language) -> Conversation:
     """What a rule reward model reads: the rule as a system message before the conversation."""
-    return Conversation(
-        (*Conversation.of(("system", f"{PHRASES[language].rule}: {rule.text(language)}")).messages, *prompt.messages),
-        prompt.tools,
-    )
+    return under_rule(prompt, rule_text(rule, language))
+
+
+def rule_text(rule: Rule, language: Language) -> str:
+    """The rule as a rule reward model is told it."""
+    return f"{PHRASES[language].rule}: {rule.text(language)}"
+
+
+def under_rule(prompt: Conversation, text: str) -> Conversation:
+    """The conversation under a rule that `rule_text` has worded."""
+    return Conversation((*Conversation.of(("system", text)).messages, *prompt.messages), prompt.tools)
 
 
 def _violations(model: Scorer, one: Answered, rules: Sequence[Rule], config: RuleConfig) -> dict[str, float]:

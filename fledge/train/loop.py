@@ -124,9 +124,9 @@ def train_step(
 
     `lanes` of them run at a time (train/lanes.py), if `lanes_of` allows.
 
-    Metrics: "loss" (that sum), "loss/<term>" (its mean, unweighted), "count/<term>", the objectives' stats as means,
-    and "grad_norm" before clipping to `clip_norm`. TrainingHalted, with the weights untouched and the batches in
-    `dump_to`, if loss or gradient is NaN or infinite.
+    Metrics: "loss" (that sum), "loss/<term>" (its mean, unweighted), "count/<term>", the objectives' stats as means and
+    extremes, and "grad_norm" before clipping to `clip_norm`. TrainingHalted, with the weights untouched and the batches
+    in `dump_to`, if loss or gradient is NaN or infinite.
     """
     counts: dict[str, float] = defaultdict(float)
     for _, batch in pairs:
@@ -195,6 +195,7 @@ class _Sums:
         self._terms: dict[str, float] = defaultdict(float)
         self._weights: dict[str, float] = {}
         self._stats: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._extremes: dict[str, float] = {}
 
     def add(self, loss: Loss) -> None:
         for name, term in loss.terms.items():
@@ -203,6 +204,9 @@ class _Sums:
         for name, (value, count) in loss.stats.items():
             self._stats[name][0] += float(value.detach())
             self._stats[name][1] += count
+        for extreme, found in ((min, loss.lows), (max, loss.highs)):
+            for name, value in found.items():
+                self._extremes[name] = extreme(self._extremes.get(name, float(value)), float(value))
 
     def metrics(self, counts: Mapping[str, float]) -> Metrics:
         means = {name: total / counts[name] if counts[name] > 0 else 0.0 for name, total in self._terms.items()}
@@ -211,6 +215,7 @@ class _Sums:
             **{f"loss/{name}": mean for name, mean in means.items()},
             **{f"count/{name}": counts[name] for name in means},
             **{name: total / count if count > 0 else 0.0 for name, (total, count) in self._stats.items()},
+            **self._extremes,
         }
 
 

@@ -341,6 +341,15 @@ def test_a_tree_gives_its_best_conversation_and_a_ranking_without_the_deleted(ro
     assert (ranking.completions, ranking.ranks, ranking.makers) == (("better", "worse"), (1, 2), ("human", "m"))
 
 
+def test_a_message_whose_parent_is_not_in_the_file_is_refused_or_counted(tmp_path: Path) -> None:
+    rows = [*TREE, node("7", "nowhere", "assistant", "lost"), node("8", "7", "prompter", "and?")]
+    assert "line 7: no parent: no message has the id 'nowhere'" in refusal(tmp_path, *rows)
+    bad = Drops()
+    found = list(interchange.read(wrote(tmp_path / "rows.jsonl", rows), Intake(bad=bad)))
+    assert [type(example) for example in found] == [ChatExample, Ranking]
+    assert bad.counts == {"no parent": 1}
+
+
 def test_arena_battles_won_tied_and_about_different_talks(tmp_path: Path) -> None:
     def battle(winner: str, first: str = "same") -> dict[str, Any]:
         def talk(middle: str, last: str) -> list[dict[str, str]]:

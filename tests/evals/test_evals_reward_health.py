@@ -76,6 +76,17 @@ def test_c18_groups_are_by_source_labeler_makers_and_confidence() -> None:
     assert health.groups(health.comparisons([scored(RIGHT)]), health.labeler_of, 0) == ()
 
 
+def test_c18_labelers_that_the_model_never_learned_from_are_told_together() -> None:
+    def by(name: str, scores: tuple[float, ...] = RIGHT) -> health.Scored:
+        return scored(scores, judgement=Judgement("human", name))
+
+    trained = [by("ann").ranking, by("bea").ranking]
+    pairs = health.comparisons([by("ann"), by("bea"), by("cem", WRONG), by("dan"), scored(RIGHT)])
+    found = {g.name: (g.accuracy.value, g.accuracy.pairs) for g in health.by_standing(pairs, trained, 0)}
+    assert found == {health.OWN_LABELERS: (1.0, 2), health.HELD_OUT_LABELERS: (0.5, 2)}
+    assert health.by_standing(pairs, [one.ranking for one in map(by, ("ann", "bea", "cem", "dan"))], 0) == ()
+
+
 def test_many_levels_of_confidence_are_told_in_quarters() -> None:
     some = [scored(RIGHT, judgement=Judgement(confidence=float(level))) for level in range(40)]
     found = health.by_confidence(health.comparisons(some), 0)

@@ -95,15 +95,15 @@ ALGORITHMS = (
     Mutant(
         "ppo-ratio-unchecked",
         PPO,
-        'if index == 0 and not metrics["ratio_gap"] * len(parts) <= tolerance:',
-        'if index < 0 and not metrics["ratio_gap"] * len(parts) <= tolerance:',
+        "if index == 0 and not gap <= tolerance:",
+        "if index < 0 and not gap <= tolerance:",
         "PPO does not check that ratios begin at 1",
     ),
     Mutant(
         "grpo-ratio-unchecked",
         GRPO,
-        "if index == 0 and not metrics",
-        "if index < 0 and not metrics",
+        "if index == 0 and not gap <= tolerance:",
+        "if index < 0 and not gap <= tolerance:",
         "GRPO does not check that ratios begin at 1",
     ),
     Mutant(

@@ -208,8 +208,8 @@ RL_DATA = (
     Mutant(
         "gap-of-the-last-step",
         REPORT,
-        'merged["ratio_gap"] = steps[0]["ratio_gap"]',
-        'merged["ratio_gap"] = steps[-1]["ratio_gap"]',
+        'merged["ratio_gap"] = told["ratio_gap"][0]',
+        'merged["ratio_gap"] = told["ratio_gap"][-1]',
         "the ratio's gap is reported after learning",
     ),
     Mutant(

@@ -133,7 +133,10 @@ def test_c6_what_stands_outside_the_action_mask_changes_neither_loss_nor_gradien
 
 def test_figures_are_means_over_actions_and_extremes_of_the_ratio():
     llama, batch = model(), rollout()
-    stats = {n: float(s) / c for n, (s, c) in ClippedPolicy(SPACE).loss(llama, batch).stats.items()}
+    loss = ClippedPolicy(SPACE).loss(llama, batch)
+    stats = {n: float(s) / c for n, (s, c) in loss.stats.items()} | {
+        name: float(extreme) for name, extreme in (*loss.lows.items(), *loss.highs.items())
+    }
     is_action = batch.action_mask_BT > 0
     now = logprobs(llama, batch.tokens_BT, batch.segments_BT, SPACE)
     log_ratio, advantage = (now - batch.old_logprobs_BT)[is_action], batch.advantages_BT[is_action]
@@ -153,9 +156,26 @@ def test_figures_are_means_over_actions_and_extremes_of_the_ratio():
 def test_c36_ratio_is_one_where_old_is_the_model_itself():
     llama, batch = model(), rollout()
     old = torch.where(batch.action_mask_BT > 0, logprobs(llama, batch.tokens_BT, batch.segments_BT, SPACE), 0.0)
-    stats = ClippedPolicy(SPACE).loss(llama, replace(batch, old_logprobs_BT=old)).stats
-    assert float(stats["ratio_gap"][0]) <= 1e-5
-    assert float(stats["clip_fraction"][0]) == 0
+    loss = ClippedPolicy(SPACE).loss(llama, replace(batch, old_logprobs_BT=old))
+    assert float(loss.highs["ratio_gap"]) <= 1e-5
+    assert float(loss.stats["clip_fraction"][0]) == 0
+
+
+def test_c48_extremes_of_the_ratio_do_not_depend_on_the_cut_and_a_part_without_actions_has_none():
+    batch, found = rollout(), []
+    batch.action_mask_BT[5:7] = 0  # two episodes whose reward could not be had
+    for sizes in ([8], [5, 2, 1]):
+        llama = model()
+        parts = [batch.rows(rows) for rows in torch.arange(8).split(sizes)]
+        told = train_step(
+            llama, OptimizerSet(llama, OptimConfig.adamw(0.0)), [(ClippedPolicy(SPACE), p) for p in parts]
+        )
+        found.append([told[name] for name in ("ratio_min", "ratio_max", "ratio_gap")])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert found[0][0] < 1 < found[0][1]
+    alone = ClippedPolicy(SPACE).loss(model(), batch.rows(torch.tensor([5, 6])))
+    assert not alone.lows
+    assert not alone.highs
 
 
 def test_c44_gradient_does_not_depend_on_the_cut_into_micro_batches():

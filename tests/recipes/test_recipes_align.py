@@ -21,10 +21,12 @@ from fledge import cli
 from fledge.errors import ConfigError, DataError, RunError, TrainingHalted, UserError
 from fledge.formats.checkpoint import load_model
 from fledge.formats.peft import load_adapter
+from fledge.recipes import align_rl
 from fledge.recipes.align import METHODS, AlignOrder, align, plan_of
 from fledge.recipes.align_data import Cut, answer_ids
-from fledge.recipes.align_models import refuse_padding_that_ends, require_unchanged, weights_digest
+from fledge.recipes.align_models import load_scorer, refuse_padding_that_ends, require_unchanged, weights_digest
 from fledge.recipes.align_rl import GoldWatch
+from fledge.recipes.runs import resolve_model
 from fledge.types import Conversation
 
 SHORT = ("train.prompt_length=30", "train.response_length=8", "outcome.max_tokens=8", "outcome.prompts=4")
@@ -106,6 +108,19 @@ def test_c51_dpo_begins_at_ln_2_and_comes_to_prefer_what_was_chosen(folder: Path
     assert report["samples"][0]["answers"][0]["stage"] == "before"
 
 
+@pytest.mark.parametrize(
+    ("method", "figure", "value"), [("dpo", "loss", math.log(2)), ("kto", "desirable_reward", 0.0)]
+)
+def test_c38_dropout_sleeps_where_the_loss_compares_with_a_frozen_reference(
+    method: str, figure: str, value: float, folder: Path
+) -> None:
+    path = folder / "runs" / "tiny" / "sft" / "model" / "run.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "config": {**info["config"], "residual_dropout": 0.5}}))
+    run = align(order(folder, method), Silent())
+    assert lines(run, method)[0][figure] == pytest.approx(value, abs=1e-5)
+
+
 def test_dpo_does_not_depend_on_how_many_pairs_pass_at_once(folder: Path) -> None:
     losses = []
     for rows in (16, 3):
@@ -181,6 +196,49 @@ def test_bad_rows_are_skipped_and_counted_where_the_user_says_so(folder: Path) -
     assert {(row[0], row[1]) for row in table["rows"]} == {(reason, 1) for reason in BAD_ROWS}
 
 
+@pytest.mark.parametrize(("choice", "rows", "done"), [("redact", 48, "replaced"), ("drop", 46, "left out")])
+def test_c56_personal_data_are_replaced_or_left_out_and_counted(
+    choice: str, rows: int, done: str, folder: Path
+) -> None:
+    pairs = world.data()["pairs"]
+    for place, said in ((3, "yes, ask ann@example.com"), (9, "yes, call +44 20 7946 0958")):
+        pairs[place] = {**pairs[place], "chosen": said}
+    path = world.write_rows(folder / "personal.jsonl", pairs)
+    run = align(order(folder, "dpo", f"data.personal={choice}", data=(path,)), Silent())
+    found = (run / "data" / "train.jsonl").read_text() + (run / "data" / "held_out.jsonl").read_text()
+    assert "ann@example.com" not in found
+    assert "7946" not in found
+    assert found.count("[email]") + found.count("[phone]") == (2 if choice == "redact" else 0)
+    report = json.loads((run / "data" / "report.json").read_text())
+    assert report["headline"]["value"] == rows
+    assert {fact["label"]: fact["value"] for fact in report["facts"]}[f"rows with personal data, {done}"] == 2
+
+
+def test_c56_prompts_that_begin_like_others_are_left_out_and_counted(folder: Path) -> None:
+    run = align(order(folder, "dpo", "data.prefix_chars=18", "data.held_out_share=0.5"), Silent())
+    report = json.loads((run / "data" / "report.json").read_text())
+    facts = {fact["label"]: fact["value"] for fact in report["facts"]}
+    left = report["headline"]["value"]
+    assert facts["rows left out, whose prompts begin like others"] == len(world.questions()) - left > 0
+    assert left > 10
+
+
+def test_a_prompt_with_two_right_answers_is_refused_and_one_that_stands_twice_is_asked_once(folder: Path) -> None:
+    def row(answer: str, index: int) -> dict[str, Any]:
+        return {"data_source": "s", "prompt": [{"role": "user", "content": "do you like tea?"}], "ability": "a",
+                "reward_model": {"style": "rule", "ground_truth": answer}, "extra_info": {"index": index}}  # fmt: skip
+
+    rows = [*world.data()["sums"], row("yes", 1), row("yes", 2), row("no", 3)]
+    path = world.write_rows(folder / "verl.jsonl", rows)
+    told = order(folder, "rloo", data=(path,), rewards=(), verifiers=(("regex", 1.0, {"pattern": "[a-m]"}),))
+    with pytest.raises(DataError, match=r"verl\.jsonl, line 67.*two answers"):
+        align(told, Silent())
+    run = align(replace(told, skip_bad=True), Silent())
+    tables = json.loads((run / "data" / "report.json").read_text())["tables"]
+    table = next(table for table in tables if "could not" in table["title"])
+    assert [row[:2] for row in table["rows"]] == [["two answers", 1]]
+
+
 def test_a_held_out_file_may_not_share_a_prompt_with_the_data(folder: Path) -> None:
     path = world.write_rows(folder / "others.jsonl", world.data()["pairs"][5:6])
     with pytest.raises(DataError, match="--held-out"):
@@ -210,6 +268,32 @@ def test_c45_a_reference_that_has_changed_ends_the_run() -> None:
         require_unchanged(model, before)
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_c45_a_run_whose_reference_moves_ends_without_a_model(
+    method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiling(actors: Any) -> None:
+        with torch.no_grad():
+            next(actors.reference.parameters()).add_(1e-3)
+
+    ended: list[Any] = []
+    monkeypatch.setattr("fledge.recipes.align_rl._one_round", _after(align_rl._one_round, ended, spoiling))
+    with pytest.raises(TrainingHalted, match="reference has changed"):
+        align(order(folder, method, "train.rounds=1", "train.warmup_rounds=0"), Silent())
+    assert ended
+    assert not (folder / "runs" / method / method / "model").exists()
+
+
+def _after(work: Any, ended: list[Any], spoil: Any) -> Any:
+    def done(sitting: Any) -> Any:
+        metrics = work(sitting)
+        ended.append(sitting)
+        spoil(sitting.algorithm.actors)
+        return metrics
+
+    return done
+
+
 def test_c1_padding_that_ends_turns_is_refused(folder: Path) -> None:
     loaded = load_model(folder / "runs" / "tiny" / "sft" / "model")
     refuse_padding_that_ends(loaded)
@@ -229,6 +313,24 @@ def test_c11_a_reward_model_of_another_tokenizer_is_refused(folder: Path) -> Non
     shutil.copytree(other, path)
     with pytest.raises(RunError, match="another tokenizer"):
         plan_of(order(folder, "grpo"))
+
+
+def test_c11_a_reward_model_of_another_chat_template_is_refused(folder: Path) -> None:
+    start = load_model(folder / "runs" / "tiny" / "sft" / "model")
+    assert load_scorer("tiny:reward", folder / "runs", start).hash
+    other = replace(start, info=replace(start.info, template_hash="0" * 64))
+    with pytest.raises(RunError, match="another template"):
+        load_scorer("tiny:reward", folder / "runs", other)
+
+
+def test_c46_the_average_can_be_asked_for_by_its_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = align(order(folder, "ppo"), Silent())
+    runs = folder / "runs"
+    assert load_model(resolve_model("ppo:ppo/ema", runs)).hash == load_model(run / "ppo" / "ema").hash
+    assert cli.main(["complete", "ppo:ppo/ema", "do you", "--max-tokens", "3", "--runs", str(runs)]) == 0
+    for wrong in ("ppo:ppo/nothing", "ppo:../ppo/ppo/ema"):
+        with pytest.raises(RunError, match="has no model"):
+            resolve_model(wrong, runs)
 
 
 def test_c58_two_falls_in_a_row_end_the_run_and_the_best_weights_are_kept() -> None:
@@ -272,6 +374,16 @@ def test_a_verifier_is_a_reward(folder: Path) -> None:
     verifier = (("regex", 1.0, {"pattern": "[a-m]"}),)
     run = align(order(folder, "ppo", data=(path,), rewards=(), verifiers=verifier), Silent())
     assert all(0 <= line["reward/regex"] <= 1 for line in lines(run, "ppo"))
+    assert lines(run, "ppo")[0]["value"] == 0, "C41: without a reward model the value head begins as zeros"
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_c41_the_value_function_of_a_run_begins_as_its_reward_model(rank: int | None, folder: Path) -> None:
+    run = align(order(folder, "ppo", "train.rounds=1", "train.warmup_rounds=0", lr=1e-7, lora=rank), Silent())
+    value, reward = (load_model(path).model for path in (run / "ppo" / "value", folder / "runs/tiny/reward/model"))
+    found = value.state_dict()
+    assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in reward.state_dict().items())
+    assert load_model(run / "ppo" / "value").info.parents["policy"] == load_model(run / "ppo" / "model").hash
 
 
 @pytest.mark.parametrize(
@@ -310,6 +422,22 @@ def test_c47_texts_among_the_data_are_pretraining_rows_beside_the_episodes(folde
         align(replace(order(folder, "ppo", data=data), name="without"), Silent())
 
 
+def test_c55_feedme_imitates_what_people_rated_seven_beside_its_own_best(folder: Path) -> None:
+    rated = [
+        {"type": "rating", "prompt": [{"role": "user", "content": q}], "completion": "yes i do", "rating": 7 - n % 2}
+        for n, q in enumerate(world.questions())
+    ]
+    path = world.write_rows(folder / "rated.jsonl", rated)
+    run = align(order(folder, "feedme", data=(path,)), Silent())
+    facts = {f["label"]: f["value"] for f in json.loads((run / "feedme" / "report.json").read_text())["facts"]}
+    sides = [json.loads(line)["example"]["rating"] for line in (run / "data" / "train.jsonl").read_text().splitlines()]
+    assert facts["answers that people rated high enough"] == sides.count(7.0) > 10
+    assert facts["demonstrations"] == 0
+    long = world.write_rows(folder / "long.jsonl", [*rated, {**rated[0], "completion": "yes " * 60}])
+    with pytest.raises(DataError, match=r"long\.jsonl, line 49.*too long"):
+        align(replace(order(folder, "feedme", data=(long,)), name="long"), Silent())
+
+
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_an_imported_model_keeps_its_template_and_learns_to_end_its_turn(method: str, folder: Path) -> None:
     runs = ("--runs", str(folder / "runs"))
@@ -325,6 +453,28 @@ def test_an_imported_model_keeps_its_template_and_learns_to_end_its_turn(method:
     assert prompt == theirs.renderer.prompt(Conversation.of(("user", "do you like tea?")))
     assert answer[-1] == theirs.renderer.end_id
     assert answer.count(theirs.renderer.end_id) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 4], ids=["whole", "adapter"])
+@pytest.mark.parametrize("method", ORDERS)
+def test_c50_every_method_goes_on_to_the_same_bits_on_an_imported_model_whole_and_by_adapter(
+    method: str, rank: int | None, folder: Path
+) -> None:
+    runs = ("--runs", str(folder / "runs"))
+    assert cli.main(["export", "tiny:sft", str(folder / "published"), "--to", "huggingface", *runs]) == 0
+    assert cli.main(["import", str(folder / "published"), "--name", "theirs", *runs]) == 0
+    told = replace(order(folder, method, "save_seconds=0.0", lora=rank), model="theirs")
+    if told.rewards:  # reward models of the imported model's own template
+        for name, seed in (("prized", 1), ("judge", 2)):
+            align(replace(order(folder, "reward"), model="theirs", name=name, seed=seed), Silent())
+        told = replace(told, rewards=(("prized:reward", 1.0),), judge=told.judge and "judge:reward")
+    expected = weights(align(told, Silent()))
+    again = replace(told, name="again")
+    with pytest.raises(Killed):
+        align(again, Silent(method, 2))
+    assert weights(align(again, Silent())) == expected
+    assert (folder / "runs" / "again" / "card.html").is_file()
 
 
 @pytest.mark.slow

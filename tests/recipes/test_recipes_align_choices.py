@@ -15,11 +15,16 @@ from align_world import Killed, Silent
 
 from fledge import cli
 from fledge.config import override
-from fledge.errors import CheckpointError, ConfigError, DataError
+from fledge.errors import CheckpointError, ConfigError, DataError, UserError
 from fledge.formats.checkpoint import load_model
+from fledge.recipes import align_offline
 from fledge.recipes.align import AlignOrder, align, plan_of
 from fledge.recipes.align_models import own_stages
+from fledge.recipes.align_rules import RuleOrder
+from fledge.recipes.answers import score_answers
+from fledge.synth.rules import rule_text, under_rule
 from fledge.text.chat import ChatRenderer
+from fledge.text.constitution import load as load_constitution
 from fledge.text.prefixed import PrefixedRenderer
 from fledge.types import Conversation
 
@@ -33,6 +38,10 @@ def order(folder: Path, method: str, data: str, *overrides: str, **others: Any) 
     return AlignOrder(
         method, "tiny:sft", (folder / f"{data}.jsonl",), overrides=overrides, runs=folder / "runs", **given
     )
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def facts(run: Path, stage: str) -> dict[str, Any]:
@@ -148,6 +157,32 @@ def test_the_checkpoint_is_kept_whose_answers_the_reward_model_likes_best(
     assert load_model(align(replace(told, name="killed"), Silent()) / "sft" / "model").hash == kept
 
 
+def test_c50_a_stop_after_the_choice_and_before_the_end_of_the_stage_loses_no_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = ("train.fit.epochs=4", "data.held_out_share=0.4", "save_seconds=0.0")
+    told = order(folder, "sft", "chats", *SMALL, *tiny, select_by="tiny:gold", name="whole")
+    liked = {"whole": iter((0.1, 0.9, 0.3, 0.2, 0.0)), "cut": iter((0.1, 0.9, 0.3, 0.2, 0.0, 0.0))}
+    looking = ["whole"]
+    monkeypatch.setattr(
+        "fledge.recipes.align_selection.score_answers", lambda *_: torch.tensor([next(liked[looking[0]])])
+    )
+    expected = load_model(align(told, Silent()) / "sft" / "model").hash
+    looking[0] = "cut"
+    saving = align_offline.save_aligned
+
+    def killed(*_: Any, **__: Any) -> str:
+        raise Killed
+
+    monkeypatch.setattr(align_offline, "save_aligned", killed)
+    with pytest.raises(Killed):
+        align(replace(told, name="cut"), Silent())
+    monkeypatch.setattr(align_offline, "save_aligned", saving)
+    run = align(replace(told, name="cut"), Silent())
+    assert load_model(run / "sft" / "model").hash == expected
+    assert not list((run / "sft").glob("state-*"))
+
+
 def test_checkpoints_are_chosen_on_other_prompts_than_the_outcome_measures(folder: Path) -> None:
     told = order(folder, "sft", "chats", *SMALL, "outcome.prompts=1000", select_by="tiny:gold")
     with pytest.raises(DataError, match="no held-out prompt is left"):
@@ -247,6 +282,48 @@ def test_a_run_with_several_members_is_named_as_one_reward(folder: Path) -> None
         plan_of(replace(told, rewards=(("tiny:gold,tiny:gold", 1.0),)))
     with pytest.raises(ConfigError, match="caution"):
         plan_of(replace(told, caution=-1.0))
+
+
+def test_a_rule_reward_model_is_asked_rule_by_rule_beside_a_preference_model(tmp_path: Path) -> None:
+    folder = world.plant(tmp_path, positions=256)
+    ids = ("no-threats", "on-topic")
+    told = order(
+        folder, "grpo", "prompts", *GROUPS,
+        rewards=(("tiny:reward", 1.0),), rules=RuleOrder((("tiny:gold", 0.5),), ids),
+    )  # fmt: skip
+    run = align(told, Silent())
+    part = json.loads((run / "plan.json").read_text())["rewards"][1]
+    constitution = load_constitution()
+    texts = [rule_text(constitution.rule(identity), "en") for identity in ids]
+    assert part["options"] == {"constitution": constitution.label, "rules": dict(zip(ids, texts, strict=True))}
+    rounds = [line for line in lines_of(run / "metrics.jsonl") if line["stage"] == "grpo"]
+    for line in rounds:
+        assert line["score_mean"] == pytest.approx(
+            line["reward/tiny:reward"] + 0.5 * line["reward/tiny:gold"], abs=1e-4
+        )
+    start, plain, ruling = (load_model(folder / "runs" / "tiny" / s / "model") for s in ("sft", "reward", "gold"))
+    for episode in lines_of(run / "grpo" / "episodes.jsonl"):
+        question = next(q for q in world.questions() if q in episode["prompt"])
+        talk, said = Conversation.of(("user", question)), episode["tokens"]
+        under = [(start.renderer.prompt(under_rule(talk, text)), said) for text in texts]
+        expected = float(score_answers(ruling.model, under, start.tokenizer.pad_id).mean()) * 0.5
+        expected += float(score_answers(plain.model, [(start.renderer.prompt(talk), said)], start.tokenizer.pad_id))
+        assert episode["score"] == pytest.approx(expected, abs=1e-4)
+    judges = json.loads((run / "outcome" / "report.json").read_text())["tables"][0]["rows"]
+    assert [row[:2] for row in judges] == [["tiny:reward", "trained on"], ["tiny:gold", "trained on"]]
+
+
+def test_rules_that_cannot_be_asked_about_are_refused(folder: Path) -> None:
+    told = order(folder, "grpo", "prompts", *GROUPS, rules=RuleOrder((("tiny:gold", 1.0),), ("no-threats",)))
+    assert plan_of(replace(told, rewards=())).rewards[0].kind == "rules"
+    with pytest.raises(ConfigError, match="no rule 'no-such'"):
+        plan_of(replace(told, rules=RuleOrder((("tiny:gold", 1.0),), ("no-such",))))
+    with pytest.raises(ConfigError, match="name it with --rule-reward"):
+        plan_of(replace(told, rewards=(("tiny:reward", 1.0),), rules=RuleOrder((), ("no-threats",))))
+    with pytest.raises(ConfigError, match="trained against"):
+        plan_of(replace(told, judge="tiny:gold"))
+    with pytest.raises(UserError, match="does not fit a model of 64 positions"):
+        align(told, Silent())  # the rule takes room too
 
 
 def function_file(folder: Path, body: str) -> Path:

@@ -14,8 +14,11 @@ import torch
 
 from fledge.batches import Rollout
 from fledge.errors import TrainingHalted
+from fledge.rl import grpo as grpo_module
 from fledge.rl import ppo as ppo_module
+from fledge.rl.actors import PolicyPair
 from fledge.rl.checks import moved_at_the_start, sampler_disagrees, score_is_elsewhere
+from fledge.rl.grpo import GRPO, GRPOConfig
 from fledge.rl.reward import token_rewards
 
 SMALL = toy.config(rounds=1, episodes=8, minibatch=8)
@@ -80,12 +83,29 @@ def test_c25_an_engine_that_draws_from_another_distribution_is_seen() -> None:
     assert "engine and trainer disagree" in str(sampler_disagrees(colder))
 
 
-@pytest.mark.parametrize("name", ["moved_at_the_start", "sampler_disagrees", "score_is_elsewhere"])
+def ppo(folder: Path) -> toy.PPO:
+    return toy.ppo(SMALL, toy.world(dump_folder=folder))
+
+
+def grpo(folder: Path) -> GRPO:
+    config = GRPOConfig(
+        rounds=1, prompts=2, group=4, minibatch=8, warmup_rounds=0, prompt_length=toy.PROMPT, response_length=8
+    )
+    return GRPO(config, PolicyPair.start(toy.language_model()), toy.world(dump_folder=folder))
+
+
+@pytest.mark.parametrize(
+    ("module", "make", "name"),
+    [
+        *((ppo_module, ppo, name) for name in ("moved_at_the_start", "sampler_disagrees", "score_is_elsewhere")),
+        *((grpo_module, grpo, name) for name in ("moved_at_the_start", "sampler_disagrees")),
+    ],
+)
 def test_a_complaint_halts_the_run_and_leaves_the_batch(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, make: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ppo_module, name, lambda *_: f"{name} spoke up")
+    monkeypatch.setattr(module, name, lambda *_: f"{name} spoke up")
     with pytest.raises(TrainingHalted, match=f"round 0: {name} spoke up; batch in") as halted:
-        toy.ppo(SMALL, toy.world(dump_folder=tmp_path)).round()
+        make(tmp_path).round()
     path = Path(str(halted.value).rpartition("batch in ")[2])
     assert path.is_file()

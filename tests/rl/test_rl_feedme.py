@@ -12,7 +12,7 @@ import torch
 
 from fledge.errors import ConfigError, DataError
 from fledge.rl.best_of import Scored
-from fledge.rl.feedme import FeedME, FeedMEConfig, keep_rated, piece_of
+from fledge.rl.feedme import FeedME, FeedMEConfig, keep_rated, piece_of, rated_high
 from fledge.train.optim import OptimConfig
 from fledge.types import Completion
 
@@ -72,6 +72,12 @@ def test_c55_kept_answers_of_all_rounds_are_distinct():
     for _ in range(6):
         run.round()
     assert len(set(run.kept)) == len(run.kept)
+
+
+def test_c55_answers_that_people_rated_high_enough_are_demonstrations_once_each():
+    good, fair = ((3,), (5, toy.END)), ((3,), (6, toy.END))
+    assert rated_high([(good, 7.0), (fair, 6.9), (good, 7.0)], SMALL) == [good]
+    assert rated_high([(good, 7.0), (fair, 6.9)], replace(SMALL, rating=6.0)) == [good, fair]
 
 
 def test_loss_counts_on_the_reply_alone():

@@ -273,6 +273,18 @@ def test_c54_episodes_without_a_reward_are_left_out_and_counted_and_never_paid_z
     assert all(math.isfinite(figure) for figure in metrics.values())
 
 
+def test_c54_a_pass_in_which_every_reward_failed_leaves_all_figures_finite():
+    def flaky(episodes):
+        scores = toy.share_of_a(episodes)
+        scores[:4] = float("nan")
+        return scores
+
+    for pieces in (1, 2):
+        metrics = toy.ppo(replace(SMALL, forward_rows=pieces), toy.world(flaky)).round().metrics
+        assert all(math.isfinite(figure) for figure in metrics.values())
+        assert metrics["ratio_min"] <= 1 <= metrics["ratio_max"]
+
+
 def test_c49_loss_that_is_no_number_aborts_with_the_weights_untouched(tmp_path):
     poisoned = replace(toy.pretrain_mix(), objective=Weighted(toy.OBJECTIVE, float("nan")))
     ppo = toy.ppo(replace(SMALL, pretrain_weight=1.0), toy.world(pretrain=poisoned, dump_folder=tmp_path))

@@ -20,6 +20,7 @@ def test_c24_different_processes_draw_different_prompts_and_different_noise():
     together = draw_prompts(100, 24, seed=3, number=2)
     assert [index for drawn in ranks for index in drawn] == together
     assert len({seed_of("sampling", 3, 2, rank) for rank in range(3)}) == 3
+    assert seed_of("sampling", 3, 2, rank=2) == seed_of("sampling", 3 + 2 * 100_003, 2)
 
 
 def test_c24_draws_depend_on_seed_round_and_purpose_alone():
