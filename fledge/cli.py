@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -37,6 +39,7 @@ COMMANDS = (
     ("moderation", "moderation", "train and show the model behind /v1/moderations"),
 )
 USAGE, INTERRUPTED = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with contextlib.suppress(AttributeError):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
     try:
         parsed = _parser(arguments).parse_args(arguments)
         code: int = parsed.run(parsed)
@@ -66,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if os.environ.get("FLEDGE_TRACEBACK"):
             raise
-        return _say(f"fledge: {error.filename or 'the system'}: {error.strerror or error}", USAGE)
+        remedy = "; free some space and run the same command again" if error.errno in FULL else ""
+        return _say(f"fledge: {error.filename or 'the system'}: {error.strerror or error}{remedy}", USAGE)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ def write_json(path: Path, data: Any) -> None:
 def write_file(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a temporary file, then put it in the place of `path`."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with _explaining(path):
+    with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             fill(temporary)
@@ -52,7 +52,7 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 def write_directory(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write into a temporary directory, then give it the name `path`, replacing what is there."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with _explaining(path):
+    with explaining(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -103,8 +103,8 @@ def _replace_directory(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explaining(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line that says what to do."""
+def explaining(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write `path` into one line that says what to do."""
     try:
         yield
     except OSError as error:

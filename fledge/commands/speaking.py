@@ -28,6 +28,7 @@ from fledge.types import Completion, Conversation, Request, SamplingParams, Toke
 MAX_ANSWER_TOKENS = 256  # where nobody asked for a length and the context leaves room
 # A little colder than training's 1: small models wander. Both values are customary for chat.
 TEMPERATURE, TOP_P = 0.8, 0.95
+MAX_PROMPT_CHARS = 4_000_000  # many times what CACHE_BYTES has room for: a mistake, whose encoding takes much memory
 CACHE_BYTES = 256 << 20  # of keys and values: room for 11,000 positions of SmolLM2-135M in float32
 
 
@@ -48,6 +49,7 @@ class Speaker:
 
     def chat_prompt(self, conversation: Conversation, max_tokens: int) -> tuple[int, ...]:
         """The ids that ask for the next answer, without the oldest exchanges if all do not fit (`within`)."""
+        _refuse_endless(sum(len(message.text) for message in conversation.messages))
         room = None if self.context is None else self.context - max_tokens
         return within(self.loaded.renderer, conversation, room, max_tokens)
 
@@ -55,6 +57,7 @@ class Speaker:
         """The ids of the beginning of a document; `UserError` if there is nothing in it."""
         if not text:
             raise UserError("the text to continue is empty; give at least one character")
+        _refuse_endless(len(text))
         tokenizer = self.loaded.tokenizer
         return (*self.loaded.soft_ids, tokenizer.end_of_text_id, *tokenizer.encode(text))
 
@@ -89,6 +92,11 @@ class Speaker:
 
     def _request(self, prompt: Sequence[int], params: SamplingParams, request_id: str) -> Request:
         return Request(request_id, tuple(prompt), params, stop_ids=self.loaded.renderer.stop_ids)
+
+
+def _refuse_endless(num_chars: int) -> None:
+    if num_chars > MAX_PROMPT_CHARS:
+        raise UserError(f"a text of {num_chars:,} characters is more than any model here reads; shorten it")
 
 
 def _refuse_damaged(reason: str | None, position: int) -> None:

@@ -228,9 +228,14 @@ class _Kitchen:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            record: dict[str, Any] = json.loads(line)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record: dict[str, Any] = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number}: altered ({error}); remove its folder and make it anew"
+                ) from error
             yield record
 
 

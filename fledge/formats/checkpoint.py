@@ -244,7 +244,7 @@ def load_state(parent: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | 
     try:
         data = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         expected, scalars = data["sha256"], data["scalars"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / 'state.json'}: damaged ({error}); remove {directory}") from error
     _verify(directory / "state.safetensors", expected)
     return step, load_file(directory / "state.safetensors"), scalars

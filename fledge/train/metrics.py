@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fledge.errors import ConfigError
+from fledge.files import explaining
 from fledge.types import Metrics
 
 FLOPS_FORMULA = (
@@ -88,18 +90,21 @@ class JsonLines:
 
     def __init__(self, path: Path, from_step: int = 0, stage: str | None = None) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _keep(path, from_step, stage)
-        self._file = path.open("a", encoding="utf-8")
+        with explaining(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _keep(path, from_step, stage)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One line; NaN and infinities become null, which JSON has."""
-        self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
-        self._file.flush()
+        """One line; NaN and infinities become null, which JSON has. `RunError` if the disk is full."""
+        with explaining(self.path):
+            self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with explaining(self.path):  # what a full disk has not taken is tried once more
+            self._file.close()
 
 
 def _keep(path: Path, from_step: int, stage: str | None) -> None:
@@ -128,11 +133,15 @@ def _jsonable(value: Any) -> Any:
 
 
 class TensorBoard:
-    """The same metrics as event files for TensorBoard; needs the optional package of that name."""
+    """The same metrics as event files for TensorBoard; `ConfigError` without the optional package of that name."""
 
     def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "--tensorboard needs the package tensorboard: pip install tensorboard, or leave the option out"
+            ) from error
         self._writer = SummaryWriter(str(directory))
 
     def write(self, metrics: Metrics, step: int) -> None:

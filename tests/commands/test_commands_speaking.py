@@ -133,6 +133,17 @@ def test_what_cannot_be_used_is_refused_in_one_line(runs, capsys, arguments, com
     assert complaint in refused(capsys, *arguments, runs=runs)
 
 
+def test_a_text_of_megabytes_is_refused_before_it_is_encoded(runs, capsys, typed, monkeypatch):
+    monkeypatch.setattr(speaking, "MAX_PROMPT_CHARS", 1000)
+    typed(b"a" * 1001)
+    assert "a text of 1,001 characters" in refused(capsys, "complete", "small", "-", runs=runs)
+    typed(b"a" * 1001 + b"\nthe cat\n")
+    assert fledge("chat", "small:sft", "--max-tokens", "4", runs=runs) == 0
+    said = capsys.readouterr()
+    assert "a text of 1,001 characters" in said.err
+    assert said.out.count("\n") == 1
+
+
 def test_compare_shows_every_prompt_and_model(runs, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("[bold]what is it?\n\nthe dog\n", encoding="utf-8")
     options = ("--prompt", "the cat", "--file", str(tmp_path / "prompts.txt"), "--max-tokens", "6")

@@ -125,6 +125,9 @@ def test_a_truncated_or_altered_corpus_is_refused_by_name(folders: list[Ingredie
     Corpus.open(corpus.folder)
     with pytest.raises(DataError, match=r"train\.jsonl was altered"):
         Corpus.open(corpus.folder, verify=True)
+    path.write_bytes(content.replace(b"}\n", b"\0\n", 1))
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1: altered"):
+        list(Corpus.open(corpus.folder).examples("train"))
     path.write_bytes(content[:-5])
     with pytest.raises(DataError, match="truncated or altered; delete"):
         Corpus.open(corpus.folder)

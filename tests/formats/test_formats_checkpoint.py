@@ -114,3 +114,11 @@ def test_an_altered_state_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="truncated or altered"):
         load_state(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
+def test_a_state_whose_description_is_damaged_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    save_state(tmp_path, 1, {"a": torch.zeros(2)}, {})
+    (tmp_path / "state-00000001" / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"state\.json: damaged .*; remove"):
+        load_state(tmp_path)

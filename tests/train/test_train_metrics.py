@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fledge.errors import ConfigError, RunError
 from fledge.models.pocket import Pocket, PocketConfig
 from fledge.train.metrics import JsonLines, TensorBoard, flops_per_token, measured_peak
 
@@ -100,3 +102,19 @@ def test_tensorboard_files_hold_what_was_written(tmp_path: Path) -> None:
     writer.write({"loss": 1.5}, 3)
     writer.close()
     assert any(path.name.startswith("events") and path.stat().st_size > 0 for path in tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_the_file_and_the_way_out(tmp_path: Path) -> None:
+    writer = JsonLines(tmp_path / "m.jsonl")
+    writer.close()
+    writer._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    for act in (lambda: writer.write({"step": 1}), writer.close):
+        with pytest.raises(RunError, match=r"m\.jsonl: the disk is full.*Free some space and run the same command"):
+            act()
+
+
+def test_without_tensorboard_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(ConfigError, match="--tensorboard needs the package tensorboard: pip install"):
+        TensorBoard(tmp_path)
