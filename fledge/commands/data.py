@@ -35,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
     listing.set_defaults(action=_list)
     fetching = actions.add_parser("fetch", help="download and verify what sources and benchmarks need")
     fetching.add_argument("names", nargs="+", metavar="NAME", help="a name of the catalogue, or all")
+    fetching.add_argument("--json", action="store_true", help="one JSON object a line")
     fetching.set_defaults(action=_fetch)
     showing = actions.add_parser("show", help="print examples of a source, a file, a folder or a corpus")
     _add_source_arguments(showing)
@@ -94,12 +95,23 @@ def _fetch(args: argparse.Namespace, console: Console) -> None:
     for name in names:
         package = known[name]
         if package is None:
-            console.print(f"{name}: nothing to fetch, it is on this machine", markup=False)
+            _say_fetched(args, console, name, None)
         elif package not in done:
             done.add(package)
             with console.status(f"fetching {package.name} {package.version}"):
                 path = fetch(package, cache_home())
-            console.print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB, sha256 verified", markup=False)
+            _say_fetched(args, console, name, path)
+
+
+def _say_fetched(args: argparse.Namespace, console: Console, name: str, path: Path | None) -> None:
+    """`path` is None for what needs no download."""
+    if args.json:
+        size = None if path is None else path.stat().st_size
+        print(json.dumps({"name": name, "file": None if path is None else str(path), "bytes": size}), flush=True)
+    elif path is None:
+        console.print(f"{name}: nothing to fetch, it is on this machine", markup=False)
+    else:
+        console.print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB, sha256 verified", markup=False)
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fledge.commands.progress import JsonLines, Lines
 from fledge.data.catalogue import SOURCES, source
 from fledge.data.filters import DEFAULT, example_text, undecodable
 from fledge.data.folder import path_examples
@@ -62,6 +63,7 @@ def _add_train(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--vocab", type=int, default=TokenizerConfig.vocab_size, help="tokens at most (default %(default)s)"
     )
     train.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
+    train.add_argument("--json", action="store_true", help="JSON lines on standard output")
     train.set_defaults(run=run, action=_train)
 
 
@@ -78,10 +80,15 @@ def _train(args: argparse.Namespace) -> int:
         raise TokenizerError(f"{args.out} exists already; name another file with --out, or remove it")
     config = TokenizerConfig(args.kind, args.vocab)
     bad = Drops()
-    readers = [_path_texts(path, bad) for path in args.text] + [_source_texts(name, "train") for name in args.source]
-    texts = _Counted(chain.from_iterable(readers))
+    listener = JsonLines() if args.json else Lines()
+    texts = _Counted(_training_texts(args, bad, listener))
     tokenizer = train_tokenizer(texts, config)
     tokenizer.save(args.out)
+    if args.json:
+        facts = {"kind": config.kind, "vocabulary": tokenizer.vocab_size, "bytes": texts.num_bytes}
+        done = {"event": "done", "file": str(args.out), "sha256": tokenizer.hash, **facts, "left_out": bad.to_json()}
+        print(json.dumps(done))
+        return 0
     megabytes = texts.num_bytes / BYTES_PER_MEGABYTE
     print(f"{args.out}: {config.kind}, {tokenizer.vocab_size} tokens from {megabytes:.2f} MB of text")
     print(f"sha256 {tokenizer.hash}")
@@ -90,6 +97,18 @@ def _train(args: argparse.Namespace) -> int:
     if bad.counts:
         print(f"left out: {bad}", file=sys.stderr)
     return 0
+
+
+def _training_texts(args: argparse.Namespace, bad: Drops, listener: JsonLines | Lines) -> Iterator[str]:
+    """The texts to learn from; the listener is told how many of the files and sources have been read."""
+    readers = [(str(path), _path_texts(path, bad)) for path in args.text]
+    readers += [(name, _source_texts(name, "train")) for name in args.source]
+    for number, (name, texts) in enumerate(readers, start=1):
+        first = next(texts, None)  # refuses what cannot be read before anything is said of it
+        listener.stage("tokenizer", "reading", name)
+        yield from (chain([first], texts) if first is not None else ())
+        listener.step("tokenizer", number, len(readers), {})
+    listener.stage("tokenizer", "learning", f"{args.vocab} tokens")
 
 
 def _show(args: argparse.Namespace) -> int:

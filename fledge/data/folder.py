@@ -18,7 +18,7 @@ from fledge.data import jsonl, parquet
 from fledge.data.cutting import cut_prose, cut_python
 from fledge.data.filters import select
 from fledge.data.jsonl import USER_LICENCE
-from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, open_binary, text_blocks
+from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, open_binary, shown, text_blocks
 from fledge.errors import DataError
 from fledge.types import ChatExample, Conversation, Message, Provenance, Role, TextExample
 
@@ -170,7 +170,7 @@ def _counted(file: Path, found: Iterator[Example], drops: Drops, bad: Drops | No
 
 
 def _file_examples(file: Path, name: str, source: str, bad: Drops | None) -> Iterator[Example]:
-    suffix = file.suffix.lower()
+    name, suffix = shown(name), file.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         yield from jsonl.file_examples(file, source, bad=bad)
     elif suffix == ".parquet":

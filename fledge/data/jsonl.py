@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from fledge.data.reading import Drops, Example, lines
+from fledge.data.reading import Drops, Example, lines, shown
 from fledge.errors import DataError
 from fledge.types import ChatExample, Conversation, Message, Provenance, Role, TextExample
 
@@ -29,7 +29,7 @@ def file_examples(path: Path, source: str, *, bad: Drops | None = None) -> Itera
         try:
             record = _parse(line, where)
             identity, licence = (
-                _told(record, "id", f"{path.name}:{number}"),
+                _told(record, "id", f"{shown(path.name)}:{number}"),
                 _told(record, "licence", USER_LICENCE),
             )
             yield record_example(record, source, identity, licence, where=where)

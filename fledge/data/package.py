@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from typing import Literal
 from fledge.errors import DataError
 from fledge.files import sha256_file, sync
 
+WORKPLACE, ABANDONED_SECONDS = ".fetch-", 3600.0
+RESUME_RETRIES = 5
 Client = Callable[[Sequence[str], Path], subprocess.CompletedProcess[str]]
 
 
@@ -66,7 +69,8 @@ def fetch(package: Package, cache: Path, client: Client | None = None) -> Path:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=".fetch-", dir=path.parent))
+        _clear_abandoned(path.parent)
+        workplace = Path(tempfile.mkdtemp(prefix=WORKPLACE, dir=path.parent))
     except OSError as error:
         raise DataError(
             f"cannot write to {path.parent}: {error.strerror}; set FLEDGE_HOME to a writable folder"
@@ -144,8 +148,17 @@ def _download(package: Package, workplace: Path, path: Path, client: Client) -> 
 
 
 def _run_client(command: Sequence[str], workplace: Path) -> subprocess.CompletedProcess[str]:
-    # The workplace is the current folder so that no configuration of a project lying around is picked up.
-    return subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    # The workplace is the current folder so that no configuration of a project lying around is picked up. A connection
+    # that breaks off is taken up where it broke by pip from 25.1 on; an older one does not look at the variable.
+    environment = {"PIP_RESUME_RETRIES": str(RESUME_RETRIES), **os.environ}
+    return subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Remove what downloads that were killed have left, unless they may still be going on."""
+    for left in folder.glob(f"{WORKPLACE}*"):
+        if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _arrival(package: Package, workplace: Path, path: Path) -> Path:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fledge.data.jsonl import USER_LICENCE, record_example
-from fledge.data.reading import Drops, Example, open_binary
+from fledge.data.reading import Drops, Example, open_binary, shown
 from fledge.errors import DataError
 
 COLUMNS = ("text", "messages", "prompt", "completion")
@@ -25,7 +25,7 @@ def file_examples(path: Path, source: str, *, bad: Drops | None = None) -> Itera
     for number, record in enumerate(table_records(path, lambda names: _columns(path, names))):
         where = f"{path}, row {number}"
         try:
-            yield record_example(record, source, f"{path.name}:{number}", USER_LICENCE, where=where)
+            yield record_example(record, source, f"{shown(path.name)}:{number}", USER_LICENCE, where=where)
         except DataError:
             if bad is None:
                 raise

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import gzip
 import io
+import os
 import stat
 import zlib
 from collections import Counter
@@ -27,6 +28,11 @@ MAX_LINE_BYTES = 16 << 20  # a longer JSON line is a mistake far more often than
 BLOCK_BYTES = 1 << 20
 
 
+def shown(path: Path | str) -> str:
+    """A path as text that can be written down: bytes of a name that are no UTF-8 (old archives) become U+FFFD."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 class Drops:
     """Counts what a source could not use: `counts[reason]`, and the first place each reason was met."""
 
@@ -36,7 +42,7 @@ class Drops:
 
     def add(self, reason: str, where: str) -> None:
         self.counts[reason] += 1
-        self.first.setdefault(reason, where)
+        self.first.setdefault(reason, shown(where))
 
     def to_json(self) -> dict[str, Any]:
         return {reason: {"count": count, "first": self.first[reason]} for reason, count in self.counts.items()}

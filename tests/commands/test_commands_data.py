@@ -80,3 +80,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_nothing_is_fetched_for_what_is_on_the_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "fetch", "stdlib"]) == 0
     assert "nothing to fetch" in capsys.readouterr().out
+
+
+def test_what_was_fetched_is_told_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "fetch", "stdlib", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "stdlib", "file": None, "bytes": None}

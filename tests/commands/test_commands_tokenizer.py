@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -87,3 +88,18 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     assert complaint in line
     assert line.count("\n") == 1
     assert not (folder / "t.json").exists()
+
+
+def test_training_tells_its_progress_and_its_result_as_json_lines(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "texts" / "binary.txt").write_bytes(b"\x00\x01\x02")
+    assert train(folder, "--json") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    *events, done = map(json.loads, said.out.splitlines())
+    assert [event.get("status") or event["step"] for event in events] == ["reading", 1, "learning"]
+    assert done["file"] == str(folder / "t.json")
+    assert done["vocabulary"] <= 600
+    assert done["sha256"] == hashlib.sha256((folder / "t.json").read_bytes()).hexdigest()
+    assert sum(facts["count"] for facts in done["left_out"].values()) == 1

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fledge.data.corpus import Ingredient, write_corpus
 from fledge.data.filters import example_text
 from fledge.data.folder import as_dialogue, content_hash, contents, examples, path_examples
 from fledge.data.jsonl import file_examples
@@ -237,3 +238,19 @@ def test_program_code_and_everything_else_are_told_apart_by_file(tmp_path: Path)
     code = [example.provenance.id for example in path_examples(tmp_path, "own", only="code")]
     other = [example.provenance.id for example in path_examples(tmp_path, "own", only="other")]
     assert (code, other) == (["a.py"], ["b.md"])
+
+
+def test_files_whose_names_are_no_utf8_are_read_and_written_down(tmp_path: Path) -> None:
+    """Archives made on a Chinese Windows unpack to names in GBK."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("文章.txt", "记录.jsonl", "图.pdf"):
+        content = b'{"text": "A record with enough text."}\n' if name.endswith("jsonl") else b"A text long enough. " * 9
+        (folder / os.fsdecode(name.encode("gbk"))).write_bytes(content)
+    ingredient = Ingredient("user", str(folder))
+    corpus = write_corpus([ingredient], tmp_path / "corpus", cache=tmp_path, seed=0)
+    found = sorted(example.provenance.id for example in corpus.examples("all"))
+    assert [name.rpartition(".")[2] for name in found] == ["jsonl:1", "txt"]
+    assert all("\ufffd" in name for name in found)
+    [facts] = corpus.yields["user"]["unusable"].values()
+    assert facts["first"].endswith(".pdf")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Sequence
 from io import BytesIO
@@ -13,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from fledge.data.package import (
+    ABANDONED_SECONDS,
     Package,
+    _run_client,
     cache_home,
     client_command,
     fetch,
@@ -141,3 +146,19 @@ def test_fledge_home_decides_where_downloads_live(monkeypatch: pytest.MonkeyPatc
     assert cache_home() == tmp_path
     monkeypatch.delenv("FLEDGE_HOME")
     assert cache_home().parts[-2:] == (".cache", "fledge")
+
+
+def test_what_a_killed_download_left_is_removed_and_one_that_goes_on_is_not(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    for name, age in ((".fetch-killed", 2 * ABANDONED_SECONDS), (".fetch-going", 1.0)):
+        (packages / name).mkdir(parents=True)
+        (packages / name / "half").write_bytes(b"?")
+        os.utime(packages / name, (time.time() - age,) * 2)
+    fetch(PINNED, tmp_path, FakeClient({PINNED.file: CONTENT}))
+    assert sorted(path.name for path in packages.iterdir()) == [".fetch-going", PINNED.file]
+
+
+def test_the_client_takes_up_a_broken_connection_where_it_broke(tmp_path: Path) -> None:
+    code = "import os, pathlib; pathlib.Path('told').write_text(os.environ['PIP_RESUME_RETRIES'])"
+    assert _run_client([sys.executable, "-c", code], tmp_path).returncode == 0
+    assert int((tmp_path / "told").read_text()) > 0
