@@ -51,13 +51,18 @@ def from_json(cls: type[ConfigT], data: object, *, path: str = "") -> ConfigT:
 
 
 def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
-    """A copy of `config` with leaves replaced: each assignment reads `a.b=value`, the value in JSON or bare text."""
+    """A copy of `config` with leaves replaced: each assignment reads `a.b=value`, the value in JSON or bare text.
+
+    All of them hold before anything is checked, so settings that belong together may come in any order.
+    """
+    given: dict[tuple[str, ...], str] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set wants key=value, got '{assignment}'")
-        config = _replace(config, path.split("."), text, path)
-    return config
+        given[tuple(path.split("."))] = text
+    changed: ConfigT = _replace(config, given, ()) if given else config
+    return changed
 
 
 def config_hash(config: Any) -> str:
@@ -66,26 +71,37 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _replace(config: Any, keys: list[str], text: str, path: str) -> Any:
+def _replace(config: Any, given: Mapping[tuple[str, ...], str], above: tuple[str, ...]) -> Any:
+    """`config`, which stands at `above`, with the leaves that `given` names from here on."""
+    places = [".".join((*above, *keys)) for keys in given]
     if isinstance(config, Mapping):
-        if len(keys) != 1:
-            raise ConfigError(f"'{path}' goes deeper than '{keys[0]}', which is a plain value")
-        return {**config, keys[0]: _parse(text)}
+        for keys, place in zip(given, places, strict=True):
+            if len(keys) != 1:
+                raise ConfigError(f"'{place}' goes deeper than '{keys[0]}', which is a plain value")
+        return {**config, **{key: _parse(text) for (key,), text in given.items()}}
     if not dataclasses.is_dataclass(config):
-        raise ConfigError(f"'{path}' goes deeper than a plain value")
-    names = [field.name for field in dataclasses.fields(config)]
-    if keys[0] not in names:
-        raise ConfigError(f"unknown key '{path}': no '{keys[0]}' here; {nearest(keys[0], names)}")
-    current = getattr(config, keys[0])
-    if len(keys) > 1:
-        value = _replace(current, keys[1:], text, path)
-    elif dataclasses.is_dataclass(current):
-        raise ConfigError(f"'{path}' is a group; set one of {', '.join(f.name for f in dataclasses.fields(current))}")
-    else:
-        hint = get_type_hints(type(config))[keys[0]]
-        value = _read(hint, _parse(text) if hint is not str else text, path)
-    everything = {name: getattr(config, name) for name in names}
-    return _construct(type(config), {**everything, keys[0]: value}, path)
+        raise ConfigError(f"'{places[0]}' goes deeper than a plain value")
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name in dict.fromkeys(keys[0] for keys in given):
+        place = ".".join((*above, name))
+        if name not in values:
+            whole = next(told for told, keys in zip(places, given, strict=True) if keys[0] == name)
+            raise ConfigError(f"unknown key '{whole}': no '{name}' here; {nearest(name, values)}")
+        if (name,) in given:
+            values[name] = _leaf(config, name, given[(name,)], place)
+        deeper = {keys[1:]: text for keys, text in given.items() if keys[0] == name and len(keys) > 1}
+        if deeper:
+            values[name] = _replace(values[name], deeper, (*above, name))
+    return _construct(type(config), values, ", ".join(places))
+
+
+def _leaf(config: Any, name: str, text: str, place: str) -> Any:
+    """`text` as the value of a field of `config`."""
+    current = getattr(config, name)
+    if dataclasses.is_dataclass(current):
+        raise ConfigError(f"'{place}' is a group; set one of {', '.join(f.name for f in dataclasses.fields(current))}")
+    hint = get_type_hints(type(config))[name]
+    return _read(hint, _parse(text) if hint is not str else text, place)
 
 
 def _construct(cls: type[ConfigT], values: dict[str, Any], path: str) -> ConfigT:

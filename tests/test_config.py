@@ -71,6 +71,25 @@ def test_leaves_are_overridden_and_the_original_stays() -> None:
     assert changed == Outer(3, Inner(3e-4, "cosine"), ("a",), 7, {"width": 64}, is_on=True)
     assert config == Outer(3)
     assert override(changed, ["limit=null"]).limit is None
+    assert override(config, ["steps=4", "steps=5"]).steps == 5
+
+
+@dataclass(frozen=True)
+class Divided:
+    whole: int = 8
+    part: int = 4
+    outer: Outer = field(default_factory=lambda: Outer(1))
+
+    def __post_init__(self) -> None:
+        if self.whole % self.part:
+            raise ValueError(f"part {self.part} must divide whole {self.whole}")
+
+
+def test_settings_that_belong_together_may_come_in_any_order() -> None:
+    for order in (["whole=9", "part=3"], ["part=3", "whole=9"]):
+        assert override(Divided(), [*order, "outer.steps=2"]) == Divided(9, 3, Outer(2))
+    with pytest.raises(ConfigError, match=r"^whole: part 4 must divide whole 9$"):
+        override(Divided(), ["whole=9"])
 
 
 REFUSED = [

@@ -100,18 +100,21 @@ class GRPOConfig:
             (self.rounds >= 1 and self.epochs >= 1 and self.prompts >= 1, "rounds, epochs, prompts: at least 1"),
             (self.group >= 2, "a group needs at least 2 answers, one alone has nothing to compete with"),
             (self.minibatch >= MIN_MINIBATCH, f"minibatch must be at least {MIN_MINIBATCH} episodes"),
-            (self.episodes % self.minibatch == 0, "minibatch must divide prompts x group"),
+            (
+                self.episodes % max(1, self.minibatch) == 0,
+                f"minibatch {self.minibatch} must divide prompts x group, {self.prompts} x {self.group}",
+            ),
             (self.forward_rows >= 1 and self.redraws >= 0, "forward_rows must be at least 1, redraws at least 0"),
             (buffer is None or 1 <= buffer <= self.response_length, "overlong_buffer must be 1 to response_length"),
             (cap is None or cap >= 1, "sampler_cap must be at least 1"),
             (not self.reward.whiten, "reward.whiten is for token rewards; groups have none, set it to false"),
             (self.pretrain_weight >= 0, "pretrain_weight must be 0 or more"),
             (self.pretrain_weight == 0 or self.pretrain_rows >= 1, "pretrain_ratio gives no row a minibatch"),
-            (0 <= self.warmup_rounds <= self.rounds, "warmup_rounds must lie between 0 and rounds"),
+            (0 <= self.warmup_rounds <= self.rounds, f"warmup_rounds must lie between 0 and rounds {self.rounds}"),
         )
         for holds, complaint in checks:
             if not holds:
-                raise ValueError(f"{complaint}, got {self}")
+                raise ValueError(complaint)
 
     @property
     def episodes(self) -> int:

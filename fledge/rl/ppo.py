@@ -95,16 +95,19 @@ class PPOConfig:
         checks: Sequence[tuple[bool, str]] = (
             (self.rounds >= 1 and self.epochs >= 1, "rounds and epochs must be at least 1"),
             (self.minibatch >= MIN_MINIBATCH, f"minibatch must be at least {MIN_MINIBATCH} episodes"),
-            (self.episodes >= 1 and self.episodes % self.minibatch == 0, "minibatch must divide episodes"),
+            (
+                self.episodes >= 1 and self.episodes % max(1, self.minibatch) == 0,
+                f"minibatch {self.minibatch} must divide episodes {self.episodes}",
+            ),
             (self.forward_rows >= 1 and self.lanes >= 1, "forward_rows and lanes must be at least 1"),
             (0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1"),
             (self.pretrain_weight >= 0, "pretrain_weight must be 0 or more"),
             (self.pretrain_weight == 0 or self.pretrain_rows >= 1, "pretrain_ratio gives no row a minibatch"),
-            (0 <= self.warmup_rounds <= self.rounds, "warmup_rounds must lie between 0 and rounds"),
+            (0 <= self.warmup_rounds <= self.rounds, f"warmup_rounds must lie between 0 and rounds {self.rounds}"),
         )
         for holds, complaint in checks:
             if not holds:
-                raise ValueError(f"{complaint}, got {self}")
+                raise ValueError(complaint)
 
     @property
     def pretrain_rows(self) -> int:

@@ -346,6 +346,7 @@ def test_published_choices():
     [
         {"group": 1},
         {"minibatch": 4},
+        {"minibatch": 0},
         {"minibatch": 12},
         {"redraws": -1},
         {"overlong_buffer": 0},

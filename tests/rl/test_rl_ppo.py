@@ -350,6 +350,7 @@ def test_c44_memory_option_changes_nothing_that_is_learned():
     ("changes", "complaint"),
     [
         ({"minibatch": 4}, "at least 8"),
+        ({"minibatch": 0}, "at least 8"),
         ({"minibatch": 24}, "must divide"),
         ({"rounds": 0}, "at least 1"),
         ({"lam": 1.5}, "between 0 and 1"),
