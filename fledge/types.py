@@ -317,6 +317,7 @@ class Grammar:
 
 
 MAX_ANSWERS = 4096  # of one request: each takes memory before its first token
+MAX_ALTERNATIVES = 128  # told of one position: a long prompt has many positions
 
 
 @dataclass(frozen=True)
@@ -351,8 +352,9 @@ class Request:
             (best_of <= MAX_ANSWERS, f"a request has at most {MAX_ANSWERS} answers, got {best_of}; send several"),
             (all(self.stop), "a stop string must hold at least one character"),
             (
-                min(self.top_logprobs or 0, self.prompt_logprobs or 0) >= 0,
-                "the number of log-probabilities is below 0",
+                all(0 <= (asked or 0) <= MAX_ALTERNATIVES for asked in (self.top_logprobs, self.prompt_logprobs)),
+                f"from 0 to {MAX_ALTERNATIVES} alternatives to a token are told, got top_logprobs {self.top_logprobs} "
+                f"and prompt_logprobs {self.prompt_logprobs}",
             ),
         )
         for holds, complaint in checks:

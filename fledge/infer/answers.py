@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fledge.infer.choosing import Choice
 from fledge.infer.grammar import GrammarMatcher
-from fledge.infer.sampling import uniforms
 from fledge.infer.sequence import Live
 from fledge.infer.shaping import Shaper
 from fledge.infer.stops import AnswerText
 from fledge.text.tokenizer import Tokenizer
 from fledge.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+
+_DRAWN_AT_ONCE = 64  # random numbers
 
 
 class Answer:
@@ -43,7 +42,7 @@ class Answer:
         self.num_said = 0
         self.finish_reason: FinishReason | None = None
         self._text = AnswerText(tokenizer, request.stop)
-        self._uniforms = _randomness(request, index)
+        self._randomness = None if request.params.temperature == 0 else _Randomness(request.params.seed + index)
 
     @property
     def num_top(self) -> int | None:
@@ -53,9 +52,7 @@ class Answer:
 
     def uniform(self, num_ahead: int) -> float:
         """The random number that decides the token after `num_ahead` more ones."""
-        if self._uniforms is None:
-            return 0.0
-        return float(self._uniforms[min(self.num_said + num_ahead, len(self._uniforms) - 1)])
+        return 0.0 if self._randomness is None else self._randomness.number(self.num_said + num_ahead)
 
     def take(self, choice: Choice) -> TokenEvent:
         """The answer goes on with this token, and perhaps ends with it."""
@@ -106,6 +103,11 @@ class Job:
     def is_finished(self) -> bool:
         return all(answer.finish_reason is not None for answer in self.answers)
 
+    def forget_half_read(self) -> None:
+        """The weights have changed: a prompt of which only a part is known is read from its beginning again."""
+        if len(self.prompt) < len(self.request.prompt_ids) - 1:
+            self.prompt.clear()
+
     def tell(self, event: TokenEvent) -> list[TokenEvent]:
         """The events that can go out now that this one has happened."""
         if not _is_choosy(self.request):
@@ -140,9 +142,18 @@ def _mean_logprob(answer: Answer) -> float:
     return answer.logprob_sum / max(answer.num_said, 1)
 
 
-def _randomness(request: Request, index: int) -> NDArray[np.float64] | None:
-    if request.params.temperature == 0:
-        return None
-    own = replace(request.params, seed=request.params.seed + index)
-    randomness: NDArray[np.float64] = uniforms(1, own, None)[0].numpy()
-    return randomness
+class _Randomness:
+    """The row of `sampling.uniforms` of this seed, drawn as far as it is needed: `max_tokens` may be a million, and
+    thousands of answers may wait."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+        self._numbers: list[float] = []
+
+    def number(self, place: int) -> float:
+        while place >= len(self._numbers):
+            self._generator = self._generator or torch.Generator().manual_seed(self._seed)
+            some = torch.empty(_DRAWN_AT_ONCE, dtype=torch.float64)
+            self._numbers += some.uniform_(generator=self._generator).tolist()
+        return self._numbers[place]

@@ -228,6 +228,8 @@ class Engine:
         """
         assign(cast(nn.Module, self._model), {self._adapters.place(name): own for name, own in weights.items()})
         self._scheduler.flush()
+        for job in self._jobs.values():
+            job.forget_half_read()
         self._weights_version = version
 
     def load_adapter(self, name: str, adapter: Adapter | Path) -> None:
@@ -324,7 +326,7 @@ class Engine:
         if request.id in self._jobs:
             raise UserError(f"there is a request '{request.id}' already; give each its own id")
         self._check_ids(request.prompt_ids, params.max_tokens)
-        check_ids(params, self._model.vocab_size)
+        check_ids(params, self._model.vocab_size, request.stop_ids)
         self._scheduler.check_fit(len(request.prompt_ids), params.max_tokens)
         if not -(2**63) <= params.seed < 2**63 - (request.best_of or request.n):
             raise UserError(f"the seed {params.seed} is not a number of 64 bits")

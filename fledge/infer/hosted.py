@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fledge.config import from_json
 from fledge.errors import CheckpointError, UserError
@@ -21,6 +21,7 @@ from fledge.infer.causal import CausalModel
 from fledge.infer.engine import Engine, EngineConfig, EngineStats
 from fledge.infer.messages import Start
 from fledge.infer.quantize import load_model
+from fledge.infer.quantized import Int4Linear
 from fledge.infer.speculate import USUAL_DRAFT
 from fledge.registry import family
 from fledge.text.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def load(start: Start) -> HostedEngine:
     config = from_json(EngineConfig, start.config)
     device = torch.device(start.device)
     loaded = load_model(Path(start.checkpoint), device=device)
-    _require_finite(loaded.model.state_dict(), start.checkpoint)
+    _require_finite(_numbers_of(loaded.model), start.checkpoint)
     model = cast(CausalModel, loaded.model)
     if start.draft is None:
         return HostedEngine(model, Engine(model, loaded.tokenizer, config))
@@ -55,7 +56,7 @@ def load_draft(directory: Path, tokenizer: Tokenizer, device: torch.device | Non
             f"{directory}: the draft model has other tokens than the model that it is to guess for; they must share a "
             "tokenizer"
         )
-    _require_finite(loaded.model.state_dict(), str(directory))
+    _require_finite(_numbers_of(loaded.model), str(directory))
     return cast(CausalModel, loaded.model)
 
 
@@ -117,6 +118,13 @@ class HostedEngine:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
+
+
+def _numbers_of(model: nn.Module) -> dict[str, Tensor]:
+    """All values by their names; of packed bytes the scales and minima within."""
+    modules = dict(model.named_modules())
+    packed = {f"{name}.packed": own.numbers for name, own in modules.items() if isinstance(own, Int4Linear)}
+    return {**model.state_dict(), **packed}
 
 
 def _require_finite(weights: Mapping[str, Tensor], where: str) -> None:

@@ -60,7 +60,7 @@ def quantize(
     def tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
         kept = (blocks or {}).get(f"{name}.weight")
         if formats[name] == "int4" and kept is not None and kept.kind in ("Q4_0", "Q4_1"):
-            return {"packed": kernels.pack_int4(*_from_blocks(kept))}
+            return _packed_int4(name, *_from_blocks(kept))
         return _tensors_of(name, module.get_parameter("weight"), formats[name])
 
     _replace(model, formats, tensors)
@@ -227,9 +227,15 @@ def _tensors_of(name: str, weight: Tensor, found: str) -> dict[str, Tensor]:
     if not weight_NK.isfinite().all():
         raise UserError(f"'{name}' holds weights that are no numbers; the model is damaged, raise or import it again")
     if found == "int4":
-        return {"packed": kernels.pack_int4(*int4_matrix(weight_NK))}
+        return _packed_int4(name, *int4_matrix(weight_NK))
     bytes_NK, scales_N = int8_matrix(weight_NK)
     return {"packed": kernels.pack_int8(bytes_NK), "scales": scales_N}
+
+
+def _packed_int4(name: str, nibbles_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor) -> dict[str, Tensor]:
+    if not (scales_NG.isfinite().all() and minima_NG.isfinite().all()):
+        raise UserError(f"'{name}' holds weights beyond what half precision can scale; leave it out with --skip {name}")
+    return {"packed": kernels.pack_int4(nibbles_NGI, scales_NG, minima_NG)}
 
 
 def _new_layer(module: nn.Linear | nn.Embedding, found: str, tensors: Mapping[str, Tensor]) -> Any:

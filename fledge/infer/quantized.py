@@ -109,6 +109,11 @@ class Int4Linear(_Packed):
             return kernels.linear_int4(x.float(), self.packed, self.out_features, self.bias).to(x.dtype)
         return F.linear(_rounded(x, INT4_GROUP), self.plain(), self.bias).to(x.dtype)
 
+    @property
+    def numbers(self) -> Tensor:
+        """The scales and minima of all groups, float16, as they stand among the packed bytes."""
+        return self.packed[..., 16 * INT4_CHANNELS :].view(torch.float16)
+
     def _unpack(self) -> Tensor:
         nibbles_NGI, scales_NG, minima_NG = twins.unpack_int4(self.packed, self.out_features)
         return (nibbles_NGI * scales_NG.float()[..., None] + minima_NG.float()[..., None]).flatten(1)

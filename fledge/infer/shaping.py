@@ -87,12 +87,13 @@ class Shaper:
         return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
 
 
-def check_ids(params: SamplingParams, vocab_size: int) -> None:
+def check_ids(params: SamplingParams, vocab_size: int, stop_ids: Collection[int] = ()) -> None:
     """`UserError` if the parameters name ids outside the vocabulary, or prefer one by more than float32 can tell."""
-    named = [*(params.allowed_ids or ()), *(token for token, _ in params.logit_bias)]
+    named = [*(params.allowed_ids or ()), *(token for token, _ in params.logit_bias), *stop_ids]
     if named and not 0 <= min(named) <= max(named) < vocab_size:
         raise UserError(
-            f"allowed_ids and logit_bias name ids {min(named)} to {max(named)}, the model knows 0 to {vocab_size - 1}"
+            f"allowed_ids, logit_bias and stop_ids name ids {min(named)} to {max(named)}, the model knows 0 to "
+            f"{vocab_size - 1}"
         )
     if any(bias > _LARGEST for _, bias in params.logit_bias):
         raise UserError("a logit_bias of infinity leaves nothing to draw from; use allowed_ids, or a finite bias")

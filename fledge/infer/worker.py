@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _FLUSH_SECONDS = 5.0
 # Positions that are scored or embedded between two steps, so that those who wait for a token wait no longer than that.
 _READ_POSITIONS = 4096
+# Of a complaint: a name that was wrong may be as long as the longest message.
+_COMPLAINT_CHARS = 2000
 # How often the process looks whether its parent is still the one that started it.
 _PARENT_SECONDS = 1.0
 
@@ -127,11 +129,8 @@ class _Desk:
     def answer(self, message: ToEngine | _Prepared) -> Struct | None:
         try:
             return self._do(message)
-        except UserError as error:
-            return messages.Refused(message.call, str(error))
         except Exception as error:
-            log.exception("the engine could not answer")
-            return messages.Failed(message.call, f"{type(error).__name__}: {error}")
+            return _complaint(message.call, error)
 
     def _do(self, message: ToEngine | _Prepared) -> Struct | None:
         match message:
@@ -154,11 +153,8 @@ class _Desk:
         reading = self.readings.popleft()
         try:
             reading.read(self.engine)
-        except UserError as error:
-            return messages.Refused(reading.call, str(error))
         except Exception as error:
-            log.exception("the engine could not answer")
-            return messages.Failed(reading.call, f"{type(error).__name__}: {error}")
+            return _complaint(reading.call, error)
         if reading.order:
             self.readings.append(reading)  # the next one's turn
             return None
@@ -229,7 +225,7 @@ def _read(link: Link[ToEngine], inbox: Inbox) -> None:
         try:
             inbox.put(link.receive())
         except Malformed as error:
-            link.send(messages.Refused(error.call, str(error)))
+            link.send(messages.Refused(error.call, str(error)[:_COMPLAINT_CHARS]))
         except EOFError:
             os._exit(0)  # nobody is left to work for, whatever the main thread is doing
 
@@ -262,7 +258,7 @@ def _serve(link: Link[ToEngine], inbox: Inbox, load: Load) -> None:
         if desk.readings:
             _tell(link, desk.read())
         if engine.has_work and (events := engine.step()):
-            link.send(messages.Events(events))
+            _tell_events(link, engine, events)
 
 
 def _restore(engine: Hosted, start: messages.Start) -> dict[str, str]:
@@ -300,9 +296,40 @@ def _mark(path: str) -> str:
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
-def _tell(link: Link[ToEngine], answer: Struct | None) -> None:
-    if answer is not None:
+def _complaint(call: int, error: Exception) -> Struct:
+    """What became of a question, with no more of what was asked than a line needs."""
+    if isinstance(error, UserError):
+        return messages.Refused(call, str(error)[:_COMPLAINT_CHARS])
+    log.error("the engine could not answer", exc_info=error)
+    return messages.Failed(call, f"{type(error).__name__}: {error}"[:_COMPLAINT_CHARS])
+
+
+def _tell(link: Link[ToEngine], answer: Any) -> None:
+    """An answer too long for a message is refused: nothing that is asked ends the process."""
+    if answer is None:
+        return
+    try:
         link.send(answer)
+    except ValueError as error:
+        link.send(messages.Refused(answer.call, f"the answer does not fit into {error}; ask for less at once"))
+
+
+def _tell_events(link: Link[ToEngine], engine: Hosted, events: list[TokenEvent]) -> None:
+    """What a step brought, in one message or, where that is too long, in one for each event."""
+    try:
+        link.send(messages.Events(events))
+    except ValueError as error:
+        if len(events) > 1:
+            for event in events:
+                _tell_events(link, engine, [event])
+            return
+        engine.cancel(events[0].request_id)
+        _tell(
+            link,
+            messages.Refused(
+                int(events[0].request_id), f"a token comes with {error}; ask for fewer of its log-probabilities"
+            ),
+        )
 
 
 def _do(engine: Hosted, message: ToEngine) -> Struct | None:

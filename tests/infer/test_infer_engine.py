@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from test_infer_naive import STOPS, VOCAB, build, prompts_of, run
 
 from fledge.errors import ConfigError, UserError
+from fledge.infer.answers import _Randomness
 from fledge.infer.causal import CausalModel
 from fledge.infer.engine import Engine, EngineConfig
 from fledge.infer.naive import generate, generate_uncached
 from fledge.infer.quantize import quantize
+from fledge.infer.sampling import uniforms
 from fledge.layers.lora import Adapter, LoraConfig, Pair
 from fledge.objectives.logprobs import target_logprobs
 from fledge.types import Completion, Request, SamplingParams, TokenEvent
@@ -367,9 +369,11 @@ def test_a_request_that_can_never_run_is_refused_by_name(llama: CausalModel) -> 
         "positions of cache": replace(good, id="b", prompt_ids=(5,) * 38),
         "a request 'a' already": good,
         "no adapter 'x'": replace(good, id="b", adapter="x"),
-        "allowed_ids and logit_bias": replace(
+        "logit_bias and stop_ids name ids 61": replace(
             good, id="b", params=SamplingParams(logit_bias=((61, 1.0),), max_tokens=4)
         ),
+        "stop_ids name ids 3 to 61": replace(good, id="b", stop_ids=frozenset({3, 61})),
+        "stop_ids name ids -1": replace(good, id="b", stop_ids=frozenset({-1})),
         "bias of infinity": replace(good, id="b", params=SamplingParams(logit_bias=((6, math.inf),), max_tokens=4)),
         "infinity leaves": replace(good, id="b", params=SamplingParams(logit_bias=((6, 1e39),), max_tokens=4)),
         "64 bits": replace(good, id="b", params=SamplingParams(seed=2**63, max_tokens=4)),
@@ -381,6 +385,54 @@ def test_a_request_that_can_never_run_is_refused_by_name(llama: CausalModel) -> 
         engine.generate([replace(good, id="c"), replace(good, id="d", prompt_ids=())])
     assert set(drain(engine)) == {"a"}
     assert_all_free(engine)
+
+
+extreme_numbers = st.sampled_from([1e-300, 0.5, 1e6, 1e39, 1e300])
+extreme_params = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 5),
+    temperature=extreme_numbers,
+    top_k=st.none() | st.sampled_from([1, 10**9, 2**62]),
+    top_p=st.none() | st.sampled_from([1e-300, 1.0]),
+    min_p=st.none() | st.sampled_from([1e-300, 1.0]),
+    seed=st.sampled_from([-(2**63), 2**63 - 5]),
+    presence_penalty=st.sampled_from([0.0, -1e300, 1e300]),
+    frequency_penalty=st.sampled_from([0.0, -1e300, 1e300]),
+    repetition_penalty=st.sampled_from([1.0, 1e-300, 1e300]),
+    logit_bias=st.sampled_from([(), ((3, -math.inf), (3, 1e37), (4, -1e300)), ((5, 1e30),) * 5000]),
+    allowed_ids=st.none() | st.sampled_from([(1,), (2, 2), tuple(range(VOCAB)) * 9]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    params=extreme_params,
+    stop_ids=st.frozensets(st.integers(0, VOCAB - 1)),
+    min_tokens=st.integers(0, 1),
+    stop=st.sampled_from([(), ("7", "x" * 9000), (" ",)]),
+    told=st.none() | st.integers(0, 128),
+)
+def test_whatever_is_asked_for_no_step_fails(
+    llama: CausalModel, params: SamplingParams, stop_ids: frozenset[int], min_tokens: int, stop, told
+) -> None:
+    engine = engine_of(llama)
+    params = replace(params, min_tokens=min_tokens)
+    more = {"stop_ids": stop_ids, "stop": stop, "top_logprobs": told, "prompt_logprobs": told, "n": 2}
+    engine.submit(Request("a", tuple(PREFIX), params, **more))
+    engine.submit(Request("b", (5,), replace(GREEDY, max_tokens=4)))
+    told_of = drain(engine)
+    assert {event.finish_reason for event in told_of["a"]} <= {None, "stop", "length", "error"}
+    assert (
+        tuple(event.id for event in told_of["b"]) == run(generate, llama, [[5]], replace(GREEDY, max_tokens=4))[0].ids
+    )
+    assert_all_free(engine)
+
+
+def test_random_numbers_are_drawn_as_they_are_needed_and_are_those_of_the_whole_row() -> None:
+    params = SamplingParams(max_tokens=1000, seed=-7)
+    drawn = _Randomness(params.seed)
+    places = [0, 63, 64, 500, 3, 999]
+    assert [drawn.number(place) for place in places] == uniforms(1, params, None)[0, places].tolist()
 
 
 def test_what_cannot_be_an_engine_is_refused(llama: CausalModel) -> None:
@@ -451,6 +503,23 @@ def test_after_an_update_answers_are_those_of_the_new_weights() -> None:
         with pytest.raises(UserError, match=complaint):
             engine.update_weights(wrong, "three")
     assert engine.stats().weights_version == "two"
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_a_prompt_that_is_being_read_when_weights_change_is_told_by_the_new_ones_alone(num_steps: int) -> None:
+    model, other = build("llama-grouped"), opposite()
+    engine = engine_of(model, max_step_tokens=BLOCK, max_live=1)
+    engine.submit(Request("a", tuple(PREFIX), GREEDY, prompt_logprobs=1, n=2, best_of=3))
+    for _ in range(num_steps):
+        engine.step()
+    read_before = list(next(iter(engine._jobs.values())).prompt)
+    engine.update_weights(dict(other.state_dict()), "two")
+    told = [own.logprob for own in drain(engine)["a"][0].prompt]
+    if num_steps == 3:  # it was read to its end before
+        assert told == [own.logprob for own in read_before]
+    else:
+        assert len(read_before) == num_steps * BLOCK
+        assert told == pytest.approx(engine.score([PREFIX])[0], abs=1e-4)
 
 
 def opposite() -> CausalModel:

@@ -23,6 +23,7 @@ from fledge.infer.engine import Engine, EngineConfig
 from fledge.infer.hosted import HostedEngine, load
 from fledge.infer.messages import Start
 from fledge.infer.process import EngineProcess
+from fledge.infer.quantize import quantize
 from fledge.layers.lora import Adapter, LoraConfig, Pair
 from fledge.models.gpt import GPT, GPTConfig
 from fledge.text.chat import ChatRenderer
@@ -75,6 +76,25 @@ def test_a_checkpoint_with_nan_in_it_is_refused_by_the_name_of_the_weight(tmp_pa
     directory = write_checkpoint(tmp_path / "model", damaged=True)
     with pytest.raises(CheckpointError, match=r"model: weight '\S+' holds NaN or infinity"):
         load(Start(str(directory)))
+
+
+@pytest.mark.parametrize(("target", "where"), [("int8", "scales"), ("int4", "packed")])
+def test_a_quantised_checkpoint_with_nan_in_it_is_refused_by_the_name_of_the_weight(
+    target: Any, where: str, tmp_path: Path
+) -> None:
+    tokenizer = train_tokenizer(["the rain in the garden"] * 20, TokenizerConfig(vocab_size=300))
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, width=32, num_layers=1, num_heads=2, max_positions=64))
+    name = "blocks.0.mlp.up"
+    hashes = tokenizer.hash, ChatRenderer(tokenizer).hash
+    own = CheckpointInfo("gpt", to_json(model.config), "pretrain", *hashes, quantized=quantize(model, target))
+    for kind in ("whole", "damaged"):
+        if kind == "damaged":
+            layer: Any = model.get_submodule(name)
+            (layer.scales if target == "int8" else layer.numbers)[..., 3] = torch.nan
+        save_model(tmp_path / kind, model, tokenizer, own)
+    load(Start(str(tmp_path / "whole"), SETTINGS))
+    with pytest.raises(CheckpointError, match=rf"weight '{name}.{where}' holds NaN or infinity"):
+        load(Start(str(tmp_path / "damaged"), SETTINGS))
 
 
 def test_what_is_no_checkpoint_or_no_setting_is_refused(checkpoint: Path, tmp_path: Path) -> None:

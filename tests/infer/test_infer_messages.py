@@ -9,15 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fledge.errors import UserError
 from fledge.infer import messages
 from fledge.infer.messages import MAX_MESSAGE_BYTES, Link, Malformed, ToClient, ToEngine
+from fledge.infer.worker import _complaint, _tell, _tell_events
 from fledge.types import Grammar, Request, SamplingParams, TokenEvent, TokenLogprobs
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
@@ -205,6 +210,33 @@ def test_nothing_on_the_wire_ends_the_process(
         data = whole[:place] + noise[:3] + whole[place + 3 :]
     worker.socket.sendall(frame(data))
     assert worker.is_well()
+
+
+def test_answers_too_long_for_a_message_are_refused_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", 500)
+    ours, theirs = socket.socketpair()
+    link: Link[ToEngine] = Link(ours, ToEngine)
+    client: Link[ToClient] = Link(theirs, ToClient)
+    _tell(link, messages.Vectors(3, 150, bytes(600)))
+    short = [replace(FULL_EVENT, request_id=str(call)) for call in (8, 9)]
+    long = replace(FULL_EVENT, request_id="7", model=TokenLogprobs(0.0, 1, tuple((i, 0.5) for i in range(100))))
+    cancelled: list[str] = []
+    engine: Any = SimpleNamespace(cancel=cancelled.append)
+    _tell_events(link, engine, [short[0], long, short[1]])
+    told: list[Any] = [client.receive() for _ in range(4)]
+    assert (told[0].call, told[2].call, cancelled) == (3, 7, ["7"])
+    assert "ask for less at once" in told[0].message
+    assert "ask for fewer" in told[2].message
+    assert [*told[1].events, *told[3].events] == short
+    link.close()
+    client.close()
+
+
+def test_a_complaint_is_no_longer_than_a_line_needs() -> None:
+    name = "x" * 1_000_000
+    for error in (UserError(f"no adapter '{name}'"), ValueError(name)):
+        complaint: Any = _complaint(4, error)
+        assert (complaint.call, len(complaint.message)) == (4, 2000)
 
 
 def test_a_client_that_does_not_read_does_not_stop_the_engine(tmp_path: Path) -> None:

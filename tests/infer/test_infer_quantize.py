@@ -138,6 +138,17 @@ def test_weights_that_are_no_numbers_are_refused_by_name() -> None:
         quantize.quantize(model, "int8")
 
 
+def test_weights_too_large_for_a_scale_in_half_precision_are_refused_by_name() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.gate.weight")[3, 3] = 3e6
+    with pytest.raises(UserError, match=r"'blocks.1.mlp.gate' holds weights beyond .* --skip blocks.1.mlp.gate"):
+        quantize.quantize(model, "int4")
+    blocks = Blocks("Q4_0", torch.zeros(96, WIDTH, dtype=torch.uint8), torch.full((96, 2), 6e4), None, 8)
+    with pytest.raises(UserError, match="'0' holds weights beyond"):
+        quantize.quantize(nn.Sequential(nn.Linear(WIDTH, 96, bias=False)), "int4", blocks={"0.weight": blocks})
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_plain_layers_mean_what_the_kernels_compute(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for width, num_channels in ((64, 96), (50, 45)):

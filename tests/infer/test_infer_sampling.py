@@ -130,6 +130,15 @@ def test_a_temperature_near_zero_is_greedy_without_overflow(temperature: float) 
     assert logprobs_B.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_at_a_temperature_beyond_all_numbers_all_but_what_is_banned_is_equally_likely(temperature: float) -> None:
+    logits_B3 = torch.tensor([[300.0, 299.0, -300.0]]).expand(4, -1)
+    uniform_B = torch.tensor([0.0, 0.49, 0.51, 0.99]).double()
+    tokens_B, logprobs_B = sample(logits_B3, SamplingParams(temperature=temperature), uniform_B, banned_ids=[1])
+    assert tokens_B.tolist() == [0, 0, 2, 2]
+    assert logprobs_B.tolist() == pytest.approx([math.log(0.5)] * 4)
+
+
 def test_the_uniform_number_picks_the_token_by_cumulative_probability() -> None:
     uniform_B = torch.tensor([0.0, 0.049, 0.051, 0.449, 0.451, 0.551, 0.851, 1 - 2**-53]).double()
     tokens_B, _ = sample(PROBS.log().expand(8, -1), SamplingParams(), uniform_B)
