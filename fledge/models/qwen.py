@@ -300,10 +300,12 @@ def _read_rope(raw: RawConfig) -> float:
         del given["partial_rotary_factor"]
     base: float = given.pop("rope_theta", raw.pop("rope_theta", 10000.0))
     kind = given.pop("rope_type", given.pop("type", "default"))
-    if kind != "default" or given:
+    if kind != "default":
         raise ConfigError(
             f"rope type '{kind}' is not supported: known is default; leave rope_scaling out for short texts"
         )
+    if given:
+        raise ConfigError(f"rope type 'default' takes no fields but rope_theta, got {sorted(given)}")
     return base
 
 

@@ -206,12 +206,22 @@ def test_names_without_prefix_and_old_buffers_are_read(gpt2_directory: Path) -> 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}])
-def test_unknown_rope_types_are_refused_by_name(scaling: dict[str, Any], tmp_path: Path) -> None:
-    make_theirs("llama-grouped").save_pretrained(tmp_path / "theirs")
-    rewrite_config(tmp_path / "theirs", rope_scaling=scaling, rope_parameters=None)
-    with pytest.raises(CheckpointError, match=r"rope type '(linear|yarn)' is not supported"):
-        load_huggingface(tmp_path / "theirs")
+@pytest.mark.parametrize("name", ["llama-grouped", "qwen2-grouped", "qwen3-tied"])
+def test_no_way_of_stretching_the_rotation_that_transformers_knows_is_passed_over(name: str, tmp_path: Path) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    make_theirs(name).save_pretrained(tmp_path / "theirs")
+    computed = {"default", "llama3"} if name.startswith("llama") else {"default"}
+    others = {*ROPE_INIT_FUNCTIONS, "linear", "yarn", "longrope"} - computed
+    for kind in others:
+        for spelling in ("type", "rope_type"):
+            rewrite_config(tmp_path / "theirs", rope_scaling={spelling: kind, "factor": 2.0}, rope_parameters=None)
+            with pytest.raises(CheckpointError, match=f"rope type '{kind}' is not supported: known"):
+                load_huggingface(tmp_path / "theirs")
+    for more in ({"partial_rotary_factor": 0.5}, {"something_new": 1}):
+        rewrite_config(tmp_path / "theirs", rope_parameters={"rope_type": "default", **more})
+        with pytest.raises(CheckpointError, match=rf"rope type 'default' takes .* got \['{next(iter(more))}'\]"):
+            load_huggingface(tmp_path / "theirs")
 
 
 def test_the_old_and_the_new_spelling_of_the_rotation_mean_the_same(tmp_path: Path) -> None:
