@@ -43,10 +43,9 @@ TINY = {
     "ppo": (*ROUNDS, "train.episodes=16"),
     "grpo": GROUPS,
     "rloo": GROUPS,
-    "best-of-n": (*EPISODES, "train.samples=4", "train.fit.batch=1"),
+    "best-of-n": (*EPISODES, "train.samples=4", "train.fit.batch=1", "train.fit.epochs=1"),
     "feedme": (*EPISODES, "train.rounds=2", "train.prompts=4", "train.samples=4", "train.steps=2"),
 }
-FAST = ("dpo", "rloo")
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +119,7 @@ def test_metrics_of_the_page_stand_on_the_page_of_metrics(page: str) -> None:
     assert explained(PAGES[page]) | explained(OVERVIEW) <= known
 
 
-def example(page: str) -> object:
-    return pytest.param(page, marks=() if page in FAST else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("page", [example(page) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_example_of_the_page_runs_and_all_that_it_tells_is_explained(
     page: str, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
