@@ -10,13 +10,14 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: up setup test test-all mutants conformance schemas lint bench clean
+.PHONY: up setup test test-all mutants conformance clients schemas lint bench clean
 .DEFAULT_GOAL := up
 
+# The run that was raised is the last word of what `raise` says: after a change of plan it has another name than the recipe.
 up: setup
-	@$(BIN)/fledge raise $(RECIPE)
-	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/fledge chat $(RECIPE); \
-	else echo "The model is ready. Chat with it in a terminal: $(BIN)/fledge chat $(RECIPE)"; fi
+	@said=$$($(BIN)/fledge raise $(RECIPE)) || exit $$?; echo "$$said"; run=$${said##* }; \
+	if [ -t 0 ] && [ -t 1 ]; then $(BIN)/fledge chat "$$run"; \
+	else echo "The model is ready. Chat with it in a terminal: $(BIN)/fledge chat $$run"; fi
 
 setup: $(READY)
 
@@ -49,6 +50,11 @@ mutants: setup
 conformance: setup
 	$(BIN)/python tests/conformance/run.py
 	$(BIN)/python tests/conformance/schemas.py --seconds 60
+
+# Other ecosystems' clients (LangChain, LlamaIndex, lm-eval, Vercel's and a dozen more), fetched into environments of their
+# own, against our server; writes the table in docs/clients.md.
+clients: setup
+	$(BIN)/python tests/conformance/clients.py
 
 # The same requests and many more: what they find depends on the time they have.
 SEED ?= 0

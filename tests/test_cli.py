@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fledge.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
 
 WRONG = [
     (["rase"], "did you mean 'raise'"),
@@ -19,6 +26,19 @@ WRONG = [
     (["raise", "pocket", "--set", "ppo.kl.target=-1"], "positive"),
     (["raise", "pocket", "--set", "seed"], "key=value"),
     (["raise", "pocket", "--set", "ppo=1"], "is a group"),
+    (["raise", "pocket", "--set", "model.widht=12"], "did you mean 'width'"),
+    (["raise", "pocket", "--set", "model.max_positions=100"], "pretrain.fit.row_length is 128"),
+    (
+        ["raise", "pocket", "--set", "model.max_positions=128", "--set", "ppo.response_length=80"],
+        "response_length is 136",
+    ),
+    (["raise", "pocket", "--set", "family=ngram"], "cannot be raised"),
+    (["raise", "pocket", "--set", 'corpus.prose=["wikipedja"]'], "did you mean 'wikipedia'"),
+    (["raise", "pocket", "--set", 'corpus.prose=["chitchat"]'], "'chitchat' holds no documents"),
+    (["raise", "pocket", "--set", 'corpus.chats=["hsk"]'], "'hsk' holds no conversations"),
+    (["raise", "pocket", "--set", "corpus.limits.recipies=5"], "did you mean 'recipes'"),
+    (["raise", "pocket", "--set", "corpus.limits.recipes=0"], "corpus.limits.recipes is 0"),
+    (["raise", "pocket", "--set", 'evaluation.benchmarks=["piqua"]'], "unknown benchmark 'piqua'"),
     (["raise", "pocket", "--text", "no/such/folder"], "no/such/folder"),
     (["raise", "pocket", "--text", "."], "no text in it"),
     (["raise", "pocket", "--frobnicate"], "--frobnicate"),
@@ -58,3 +78,43 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["raise", "--list"]) == 0
     assert {"sprout", "pocket", "fledgling"} <= set(capsys.readouterr().out.split())
+
+
+def test_a_full_disk_that_nobody_explained_is_told_with_a_way_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/pocket/sft")
+
+    monkeypatch.setattr("fledge.commands.models.run", full)
+    assert main(["models"]) == 2
+    assert capsys.readouterr().err == (
+        "fledge: runs/pocket/sft: No space left on device; free some space and run the same command again\n"
+    )
+
+
+def test_a_terminal_that_lacks_a_character_shows_another_and_no_traceback() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "COLUMNS": "120"}
+    line = [sys.executable, "-m", "fledge", "data", "list"]
+    done = subprocess.run(line, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"the novel ????" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_up_talks_with_the_run_that_was_raised_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "fledge").write_text(
+        '#!/bin/sh\ntest "$*" = "raise pocket" || exit 9\necho "note" >&2\n'
+        'echo "raised pocket-2: its card is runs/pocket-2/card.html; talk with it: fledge chat pocket-2"\n'
+    )
+    (tmp_path / "fledge").chmod(0o755)
+    (tmp_path / "ready").touch()
+    line = ["make", "-C", str(ROOT), "up", f"BIN={tmp_path}", f"READY={tmp_path / 'ready'}"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "raised pocket-2" in done.stdout
+    assert f"Chat with it in a terminal: {tmp_path}/fledge chat pocket-2\n" in done.stdout
+    (tmp_path / "fledge").write_text("#!/bin/sh\nexit 130\n")
+    done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode != 0
+    assert "Chat with it" not in done.stdout

@@ -10,7 +10,8 @@ from fledge.types import Metrics
 
 LOG_EVERY_SECONDS = 10.0
 TERMINAL_EVERY_SECONDS = 0.2
-SHOWN = ("loss", "bits_per_byte", "accuracy", "score", "kl", "tokens_per_second")  # at most a line of them
+# At most a line of them. A round of PPO is known by its mean score; `score` is that of a reward model's batch.
+SHOWN = ("loss", "accuracy", "score", "score_mean", "kl", "tokens_per_second")
 
 
 class JsonLines:

@@ -189,11 +189,15 @@ def _named(plan: Any, key: str, kind: type[Any]) -> Any:
 
 
 def _finished(run: Path, stages: Sequence[StageSection]) -> str | None:
-    done = [run / stage.name / "manifest.json" for stage in stages if stage.state == "finished"]
-    if not done:
-        return None
-    latest = max(path.stat().st_mtime for path in done)
-    return datetime.fromtimestamp(latest, UTC).isoformat(timespec="seconds")
+    """When the last stage finished, as its manifest says; of an older one, its file, which may be a later copy."""
+    times = []
+    for stage in stages:
+        path = run / stage.name
+        manifest = read_manifest(path)
+        if manifest is not None:
+            written = datetime.fromtimestamp((path / "manifest.json").stat().st_mtime, UTC)
+            times.append(manifest.finished or written.isoformat(timespec="seconds"))
+    return max(times, default=None)
 
 
 def _joined(samples: Iterable[Sample]) -> tuple[Sample, ...]:

@@ -127,6 +127,11 @@ STAGES = (
     StageKind("evaluation", "Evaluation", "What the whole ring brought, on text and prompts never trained on."),
 )
 
+# A stage that some recipes add to the ring; the others' cards do not miss it.
+CONTROL = StageKind(
+    "control", "PPO without the mix", "The same PPO without pretraining rows, to see what they are worth.", POLICY
+)
+
 PREFERENCE = (
     Chart("Loss", "a pair", {"loss/preference": "training", "loss/kto": "training"}),
     Chart("Preferred by the implicit reward", "share", {"accuracy": "training"}),
@@ -174,7 +179,7 @@ def is_alignment(plan: object) -> bool:
 
 def kind_of(name: str) -> StageKind:
     """The row of that name; for a stage unknown to the ring, one made from its name."""
-    known = {kind.name: kind for kind in (*ALIGN_STAGES, *STAGES)}
+    known = {kind.name: kind for kind in (*ALIGN_STAGES, CONTROL, *STAGES)}
     if member := _MEMBER.fullmatch(name):
         return replace(known["reward"], name=name, title=f"Reward model {member[1]}")
     return known.get(name) or StageKind(name, name.replace("_", " ").capitalize(), "")

@@ -23,6 +23,7 @@ from fledge.batches import TokenBatch
 from fledge.config import config_hash, from_json, to_json
 from fledge.data.catalogue import source
 from fledge.data.filters import document_key
+from fledge.data.multiple_choice import benchmark
 from fledge.data.package import cache_home
 from fledge.errors import UserError
 from fledge.files import write_json
@@ -30,7 +31,7 @@ from fledge.models.ngram import fit_orders
 from fledge.objectives.next_token import NextToken, next_token_sums
 from fledge.recipes.plan import FitPlan, RingPlan
 from fledge.recipes.ring import versions
-from fledge.recipes.stage_ppo import COMPILED_FROM_EPISODES
+from fledge.recipes.stage_ppo import COMPILED_FROM_EPISODES, without_mix
 from fledge.recipes.stage_reward import COMPILED_FROM_STEPS
 from fledge.recipes.training import initialised, step_flops
 from fledge.rl.sampler import EngineSampler
@@ -43,6 +44,7 @@ from fledge.train.optim import OptimizerSet
 from fledge.types import SamplingParams
 
 BYTES_PER_TOKEN = 3.6  # English with a vocabulary of a few thousand tokens; the corpus stage measures the real figure
+QUESTION_TOKENS = 40  # a question of the benchmarks and one of its choices, so tokenized
 PROBE_STEPS, PROBE_WARMUP = 16, 4  # the first ones share the cores with the compiler's own processes
 FORWARD_PROBES = 3
 PROBE_TOKENS = 200_000  # for counting n-grams
@@ -229,7 +231,8 @@ def _aligning(plan: RingPlan, rates: Rates) -> list[StageEstimate]:
     return [
         sampled,
         *_judging(plan, rates, model),
-        _ppo(plan, rates, model, sampling),
+        _ppo("ppo", plan, rates, model, sampling),
+        *([_ppo("control", without_mix(plan), rates, model, sampling)] if plan.control else []),
         _evaluating(plan, rates, model, sampling),
     ]
 
@@ -252,7 +255,7 @@ def _judging(plan: RingPlan, rates: Rates, model: nn.Module) -> list[StageEstima
     return [StageEstimate(name, work, SERIAL_SECONDS + seconds, memory, flops) for name in ("reward", "gold")]
 
 
-def _ppo(plan: RingPlan, rates: Rates, model: nn.Module, sampling: float) -> StageEstimate:
+def _ppo(name: str, plan: RingPlan, rates: Rates, model: nn.Module, sampling: float) -> StageEstimate:
     ppo, fit = plan.ppo, plan.pretrain.fit
     length = ppo.prompt_length + ppo.response_length
     episodes = ppo.rounds * ppo.episodes
@@ -264,23 +267,33 @@ def _ppo(plan: RingPlan, rates: Rates, model: nn.Module, sampling: float) -> Sta
     flops = trained * step_flops(model, replace(fit, rows=1)) / fit.row_length * 4 / 3
     rows = max(ppo.forward_rows, ppo.pretrain_rows)
     memory = 1.3 * _training_bytes(plan, model, replace(fit, rows=rows))
-    return StageEstimate(
-        "ppo", f"{episodes:,} episodes in {ppo.rounds} rounds", SERIAL_SECONDS + seconds, memory, flops
-    )
+    return StageEstimate(name, f"{episodes:,} episodes in {ppo.rounds} rounds", SERIAL_SECONDS + seconds, memory, flops)
 
 
 def _evaluating(plan: RingPlan, rates: Rates, model: nn.Module, sampling: float) -> StageEstimate:
-    fit = plan.pretrain.fit
+    fit, stages = plan.pretrain.fit, 5 if plan.control else 4
     tokens = _text_bytes(plan, (*plan.corpus.prose, *plan.corpus.code)) / BYTES_PER_TOKEN
-    held_out = 4 * tokens * plan.corpus.filters.validation_share
+    held_out = stages * tokens * plan.corpus.filters.validation_share
+    choices = stages * _choice_tokens(plan)
     prose = _text_bytes(plan, plan.corpus.prose) / BYTES_PER_TOKEN
-    answers = 4 * plan.evaluation.prompts
-    seconds = held_out * 1.5 * rates.forward_token_seconds + prose * rates.count_seconds + answers * sampling
-    flops = held_out * step_flops(model, replace(fit, rows=1)) / fit.row_length / 3
-    memory = BASE_BYTES + 5 * _model_bytes(model) + 100 * prose
-    return StageEstimate(
-        "evaluation", f"{held_out / 1e3:.0f} k held-out tokens", SERIAL_SECONDS + seconds, memory, flops
-    )
+    answers = stages * plan.evaluation.prompts
+    read = held_out * 1.5 + choices
+    seconds = read * rates.forward_token_seconds + prose * rates.count_seconds + answers * sampling
+    flops = (held_out + choices) * step_flops(model, replace(fit, rows=1)) / fit.row_length / 3
+    memory = BASE_BYTES + (stages + 1) * _model_bytes(model) + 100 * prose
+    work = f"{held_out / 1e3:.0f} k held-out tokens"
+    if choices:
+        work += f", {choices / 1e6:.0f} M of multiple choice"
+    return StageEstimate("evaluation", work, SERIAL_SECONDS + seconds, memory, flops)
+
+
+def _choice_tokens(plan: RingPlan) -> float:
+    """What one model reads of the benchmarks: every choice after its question and the solved examples, cut to a row."""
+    row_length, asked = plan.pretrain.fit.row_length, plan.evaluation
+    each = sum(min(row_length, (1 + shots) * QUESTION_TOKENS) for shots in asked.shots)
+    found = [benchmark(name) for name in asked.benchmarks]
+    questions = [min(test.num_questions, asked.benchmark_limit or test.num_questions) for test in found]
+    return float(each * sum(count * test.num_choices for count, test in zip(questions, found, strict=True)))
 
 
 def _text_bytes(plan: RingPlan, names: Sequence[str]) -> float:

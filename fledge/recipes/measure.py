@@ -29,7 +29,7 @@ from fledge.infer.quantize import load_model
 from fledge.models.ngram import NGram
 from fledge.recipes.answers import Asked, base_answers, chat_answers
 from fledge.recipes.chats import prompts
-from fledge.recipes.plan import RingPlan
+from fledge.recipes.plan import USER_CODE, RingPlan
 from fledge.recipes.ring import Listener
 from fledge.registry import family
 from fledge.train.device import default_device, raise_malloc_thresholds
@@ -203,14 +203,14 @@ def _material(directory: Path, run: Path | None, plan: RingPlan | None, order: M
     if plan is not None:
         material.num_prompts = plan.evaluation.prompts
         material.prompt_length, material.response_length = plan.ppo.prompt_length, plan.ppo.response_length
-        material.code = set(plan.corpus.code)
+        material.code = {*plan.corpus.code, USER_CODE}
     if order.sources:
         rows = [source(name) for name in order.sources]
         material.code |= {row.name for row in rows if row.kind == "code"}
         for row in rows:
             material.add(row.open("validation", cache=cache_home(), seed=order.seed))
     elif run is not None:
-        material.add(Corpus.open(run / "corpus" / "documents").examples("validation"))
+        material.add(Corpus.open(run / "corpus" / "documents", verify=True).examples("validation"))
     elif not order.benchmarks:
         raise RunError(f"{directory} lies in no run with held-out text; name a source with --source, or --benchmarks")
     return material

@@ -15,6 +15,9 @@ from fledge.rl.ppo import PPOConfig
 from fledge.text.tokenizer import TokenizerConfig
 from fledge.train.optim import OptimConfig
 
+# The sources that the user's folder becomes: program code goes the way of code, all else that of prose and chats.
+USER_TEXT, USER_CODE = "user", "user-code"
+
 
 @dataclass(frozen=True)
 class CorpusPlan:

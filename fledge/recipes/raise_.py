@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +12,17 @@ import torch
 import fledge
 from fledge.config import override, to_json
 from fledge.data.folder import content_hash, contents
-from fledge.errors import ConfigError, DataError, Interrupted, nearest
+from fledge.data.reading import shown
+from fledge.errors import ConfigError, DataError, Interrupted, RunError, nearest
 from fledge.files import write_json
 from fledge.recipes.card_page import write_card
 from fledge.recipes.fledgling import fledgling
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.plan import RingPlan
+from fledge.recipes.plan_checks import check_plan
 from fledge.recipes.pocket import pocket, sprout
 from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
-from fledge.recipes.runs import SERVED_STAGES, locked, open_run
+from fledge.recipes.runs import SERVED_STAGES, locked, open_run, read_json
 from fledge.recipes.stage_corpus import corpus_stage, tokenizer_stage
 from fledge.recipes.stage_evaluation import evaluation_stage
 from fledge.recipes.stage_ppo import control_stage, ppo_stage
@@ -96,10 +97,14 @@ def plan_of(order: Order) -> RingPlan:
         path = order.text.expanduser().resolve()
         if not path.exists():
             raise DataError(f"--text {order.text}: there is no such folder or file; check the path")
+        if shown(path) != str(path):
+            raise DataError(f"--text {shown(path)}: its name is not UTF-8, so no plan can hold it; rename it")
         if not contents(path):
             raise DataError(f"--text {order.text}: no text in it; add files such as .txt, .md, .py or .jsonl")
         plan = replace(plan, corpus=replace(plan.corpus, text=str(path), text_hash=content_hash(path)))
-    return override(plan, order.overrides)
+    plan = override(plan, order.overrides)
+    check_plan(plan)
+    return plan
 
 
 def raise_model(order: Order, listener: Listener) -> Path:
@@ -123,12 +128,12 @@ def raise_model(order: Order, listener: Listener) -> Path:
         run = RingRun(plan, path, listener, interrupts, board, device, compiles)
         try:
             run_stages(run, ring_of(plan))
+            write_card(path)
         except Interrupted as stop:
             raise Interrupted(f"{stop}; go on with the same command") from stop
         finally:
             if isinstance(board, TensorBoard):
                 board.close()
-        write_card(path)
     return path
 
 
@@ -141,7 +146,9 @@ def _frozen(plan: RingPlan) -> dict[str, Any]:
 def _compiles(plan: RingPlan, path: Path, device: torch.device) -> bool:
     """Whether this run compiles: decided when it begins and kept, because compiled and eager code round differently."""
     record = path / "compiled.json"
-    recorded: bool | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    recorded: Any = read_json(record) if record.is_file() else None
+    if recorded not in (None, True, False):
+        raise RunError(f"{record}: damaged (expected true or false); remove it and run the same command again")
     chosen = resolve(plan.compile, recorded, device)
     if recorded is None:
         write_json(record, chosen)

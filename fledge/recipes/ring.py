@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,12 +25,21 @@ from fledge.files import write_json
 from fledge.formats.checkpoint import LoadedModel, clear_states, load_model
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.report import StageReport, write_report
-from fledge.recipes.runs import Cost, Manifest, hash_outputs, read_manifest, verify_outputs, write_manifest
+from fledge.recipes.runs import (
+    Cost,
+    Manifest,
+    hash_outputs,
+    read_json,
+    read_manifest,
+    verify_outputs,
+    write_manifest,
+)
 from fledge.train.device import peak_memory_bytes, reset_peak_memory
 from fledge.train.metrics import measured_peak
 from fledge.types import Metrics
 
 PlanT = TypeVar("PlanT")
+INPUTS = "inputs.json"  # in the folder of an unfinished stage: the hashes of what it reads
 
 
 class Board(Protocol):
@@ -159,7 +169,7 @@ def _kept(path: Path, inputs: Mapping[str, str]) -> Manifest | None:
 
 def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str]) -> Manifest:
     path = run.path / stage.name
-    path.mkdir(exist_ok=True)
+    _begin(path, inputs)
     earlier = _read_cost(path / "cost.json")
     is_resumed = any(path.glob("state-*"))
     run.listener.stage(stage.name, "resumed" if is_resumed else "started", "")
@@ -179,15 +189,27 @@ def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str])
     stage.work(context)
     write_report(path / "report.json", context.report)
     clear_states(path)
-    (path / "cost.json").unlink(missing_ok=True)
+    for passing in ("cost.json", INPUTS):
+        (path / passing).unlink(missing_ok=True)
     outputs = hash_outputs(path)
     cost = replace(context.total_cost(), peak_rss_bytes=max(earlier.peak_rss_bytes, peak_memory_bytes()))
     if cost.flops and cost.busy_seconds:
         cost = replace(cost, mfu=cost.flops / cost.busy_seconds / measured_peak(run.device))
-    manifest = Manifest(stage.name, inputs, outputs, cost, versions())
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = Manifest(stage.name, inputs, outputs, cost, versions(), now)
     write_manifest(path, manifest)
     run.listener.stage(stage.name, "finished", f"{cost.seconds:.0f} s")
     return manifest
+
+
+def _begin(path: Path, inputs: Mapping[str, str]) -> None:
+    """The stage's folder; what an earlier sitting left there stays only if it read what is there to be read now."""
+    noted = path / INPUTS
+    if noted.is_file() and read_json(noted) != inputs:
+        shutil.rmtree(path)
+    path.mkdir(exist_ok=True)
+    if not noted.is_file():
+        write_json(noted, inputs)
 
 
 def versions() -> dict[str, str]:

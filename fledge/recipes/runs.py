@@ -4,7 +4,7 @@
       plan.json              the frozen recipe
       <stage>/manifest.json  written last: hashes of what the stage read and wrote, and what it cost
       metrics.jsonl          one line a step of every stage
-      samples.jsonl, card.json, card.html
+      card.json, card.html
 
 A stage is finished when its manifest is there and every hash in it still holds. `.lock` keeps two processes apart.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.errors import RunError, nearest
-from fledge.files import sha256_file, write_json
+from fledge.files import explaining, sha256_file, write_json
 
 SERVED_STAGES = ("ppo", "sft", "code", "pretrain")  # the order in which RUN alone picks its model
 # What a run of `fledge align` ends with; its folder holds one of them.
@@ -47,13 +47,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished stage. `inputs` and `outputs` map a role or a file (relative to the stage) to its sha256."""
+    """A finished stage. `inputs` and `outputs` map a role or a file (relative to the stage) to its sha256; `finished`
+    is the ISO time in UTC (older manifests have none)."""
 
     stage: str
     inputs: dict[str, str]
     outputs: dict[str, str]
     cost: Cost
     versions: dict[str, str] = field(default_factory=dict)
+    finished: str | None = None
 
 
 def run_path(name: str, runs: Path) -> Path:
@@ -115,7 +117,7 @@ def open_run(name: str, plan: Mapping[str, Any], runs: Path) -> tuple[Path, str 
                 path,
                 None if number == 1 else f"the plan of '{name}' has changed: starting a new run, '{candidate}'",
             )
-        if _read_json(path / "plan.json") == json.loads(json.dumps(plan)):
+        if read_json(path / "plan.json") == json.loads(json.dumps(plan)):
             return path, None if number == 1 else f"the plan of '{name}' differs: going on with '{candidate}'"
     raise RunError(f"{runs}: a thousand runs are named after '{name}'; choose another name with --name")
 
@@ -132,9 +134,10 @@ def locked(path: Path) -> Iterator[None]:
             raise RunError(
                 f"{path}: in use by process {holder}; wait for it, or raise another run with --name"
             ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        with explaining(path / ".lock"):
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
         yield
 
 
@@ -147,7 +150,7 @@ def read_manifest(stage_path: Path) -> Manifest | None:
     path = stage_path / "manifest.json"
     if not path.is_file():
         return None
-    data = _read_json(path)
+    data = read_json(path)
     try:
         return Manifest(**{**data, "cost": Cost(**data["cost"])})
     except (TypeError, KeyError) as error:
@@ -178,7 +181,8 @@ def hash_outputs(stage_path: Path) -> dict[str, str]:
     return {name: sha256_file(stage_path / name) for name in kept}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run says; `RunError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

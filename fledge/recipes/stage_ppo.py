@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from fledge.objectives.scores import read_scores
 from fledge.recipes.chats import prompts
 from fledge.recipes.episodes import episode_lines, keep_episodes
 from fledge.recipes.episodes_page import EPISODES
+from fledge.recipes.plan import RingPlan
 from fledge.recipes.report import Curve, Fact, Series
 from fledge.recipes.stage_corpus import Texts, chats_of, document_numbers, open_texts
 from fledge.recipes.stage_text import mixed
@@ -40,7 +42,12 @@ def ppo_stage(context: Context) -> None:
 
 def control_stage(context: Context) -> None:
     """The same PPO without the pretraining mix: what the mix is worth (Ouyang et al. 2022, section 4.1)."""
-    _align(context, replace(context.plan.ppo, pretrain_weight=0.0))
+    _align(context, without_mix(context.plan).ppo)
+
+
+def without_mix(plan: RingPlan) -> RingPlan:
+    """The plan whose PPO reads no pretraining rows."""
+    return replace(plan, ppo=replace(plan.ppo, pretrain_weight=0.0))
 
 
 def _align(context: Context, plan: PPOConfig) -> None:
@@ -163,8 +170,6 @@ def _save(context: Context, ppo: PPO, parents: dict[str, LoadedModel]) -> None:
 
 def _report(context: Context) -> dict[str, Any]:
     """Proxy and gold score over the distance travelled, and where the run ended."""
-    import json
-
     lines = (context.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rounds: list[Metrics] = [r for r in map(json.loads, lines) if r["stage"] == context.name]
     by_distance = sorted(rounds, key=lambda r: r["kl"])

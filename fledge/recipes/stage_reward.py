@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,16 +23,15 @@ from fledge.recipes.chats import Prompt, prompts
 from fledge.recipes.plan import FitPlan
 from fledge.recipes.report import Fact, Table
 from fledge.recipes.stage_corpus import chats_of
-from fledge.recipes.training import Context, Course, chosen, pairs_of, save_stage_model, train
+from fledge.recipes.training import Context, Course, chosen, pairs_of, save_stage_model, step_flops, train
 from fledge.rl.rankings import Answer, Candidates, make_rankings, ranked_ids
 from fledge.train.compile import compiled
 from fledge.train.loop import Pairs, TrainState
 from fledge.train.metrics import JsonLines
 from fledge.types import Metrics, Ranking
 
-# Which conversations each set of rankings asks about: disjoint for the two models, held out for both.
 COMPILED_FROM_STEPS = 100  # fewer take less time than compiling
-
+# Which conversations each set of rankings asks about: disjoint for the two models, held out for both.
 SETS = {"reward": "reward", "gold": "gold", "held_out": "validation"}
 
 
@@ -48,7 +48,6 @@ def rankings_stage(context: Context) -> None:
         seed = context.plan.seed + 7919 * number
         candidates = [to_json(one) for one in _candidates(context, sft, base, some, seed)]
         log.write({"stage": context.name, "step": number + 1, "set": name, "candidates": candidates})
-        context.add_cost(tokens=sum(len(prompt.ids) for prompt in some) * plan.completions)
         context.save_cost()
         context.listener.step(context.name, number + 1, len(work), {})
     log.close()
@@ -93,11 +92,17 @@ def _prompts(context: Context, sft: LoadedModel, name: str) -> list[Prompt]:
 def _candidates(
     context: Context, sft: LoadedModel, base: LoadedModel, some: Sequence[Prompt], seed: int
 ) -> Iterator[Candidates]:
-    """What the human, the SFT model and the base model say to each prompt."""
+    """What the human, the SFT model and the base model say to each prompt; counts what the samples cost."""
     plan, length = context.plan.rankings, context.plan.ppo.response_length
     asked = Asked([prompt.conversation for prompt in some], length)
+    began = time.perf_counter()
     ours = [chat_answers(sft, asked, seed + i) for i in range(plan.sft_samples)]
     theirs = [base_answers(base, asked, seed + 500 + i) for i in range(plan.base_samples)]
+    sampled = sum(len(answer.ids) for answers in (*ours, *theirs) for answer in answers)
+    read = sum(len(prompt.ids) for prompt in some) * (plan.sft_samples + plan.base_samples)
+    fit = replace(context.plan.pretrain.fit, rows=1, row_length=context.plan.ppo.prompt_length + length)
+    flops = (read + sampled) * step_flops(sft.model, fit) / fit.row_length / 3  # forward alone
+    context.add_cost(tokens=sampled, flops=flops, busy_seconds=time.perf_counter() - began)
     for place, prompt in enumerate(some):
         tiers = (
             (Answer(prompt.reply, "human"),),
@@ -143,7 +148,7 @@ def _ranking_model(context: Context, name: str, seed: int) -> None:
     per_step = min(plan.prompts_per_step, len(examples))
     fit = _fit_plan(context, num_examples=len(examples), per_step=per_step)
     pays = context.compiled and fit.steps >= COMPILED_FROM_STEPS
-    region = compiled(read_scores) if pays else read_scores
+    region = compiled(read_scores) if pays else None
     num_rows = -(-per_step // fit.lanes) * context.plan.rankings.completions
     objective = KWiseRanking(fit.row_length, sft.tokenizer.pad_id, num_rows=num_rows, region=region)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -219,3 +220,28 @@ def test_a_checkpoint_outside_a_run_needs_text_and_a_row_length(runs, benchmark)
     with pytest.raises(RunError, match="--row-length"):
         call(runs / "alone", "--benchmarks", "piqa")
     assert call(runs / "alone", "--benchmarks", "piqa", "--row-length", "64", "--limit", "2") == 0
+
+
+def test_code_of_the_users_folder_counts_as_code(runs, capsys, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "prose.jsonl").write_text("".join(json.dumps(text_record(n)) + "\n" for n in range(40)))
+    for n in range(40):
+        (tmp_path / "mine" / f"{n}.py").write_text(f"def sat_{n}(mat):\n    return mat + {n}\n")
+    whole = [
+        Ingredient("user", str(tmp_path / "mine"), "other"),
+        Ingredient("user-code", str(tmp_path / "mine"), "code"),
+    ]
+    folder = tmp_path / "runs" / "small" / "corpus" / "documents"
+    write_corpus(whole, folder, cache=tmp_path, filters=FilterConfig(validation_share=0.5), seed=0)
+    bits = result(capsys, "small:pretrain", "--runs", tmp_path / "runs")["bits_per_byte"]
+    assert bits["bits_per_byte/all_code"] == bits["bits_per_byte/user-code"]
+    assert bits["bits_per_byte/without_code"] == bits["bits_per_byte/user"]
+
+
+def test_held_out_text_that_was_altered_is_refused_by_name(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / "small" / "corpus" / "documents" / "validation.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"the", b"eht", 1))
+    with pytest.raises(DataError, match=r"validation\.jsonl was altered"):
+        call("small", "--runs", tmp_path / "runs")

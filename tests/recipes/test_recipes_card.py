@@ -17,6 +17,7 @@ from fledge.recipes import card_format as say
 from fledge.recipes.card import Card, build_card, read_card
 from fledge.recipes.card_lineage import lineage_svg, read_lineage
 from fledge.recipes.card_page import render_html, table_cells, write_card
+from fledge.recipes.card_stages import kind_of
 from fledge.recipes.report import Claim, Fact, Interval, StageReport, Table, read_report, write_report
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -321,3 +322,18 @@ def test_the_command_prints_json(run: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_command_refuses_an_unknown_run_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["card", "nothing", "--runs", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_ppo_without_the_mix_has_the_charts_of_ppo() -> None:
+    control, ppo = kind_of("control"), kind_of("ppo")
+    assert control.title == "PPO without the mix"
+    assert control.charts == ppo.charts
+
+
+def test_a_copied_run_says_when_it_was_raised_and_not_when_it_was_copied(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    for day, stage in enumerate(STAGES, start=1):
+        manifest = json.loads((run / stage / "manifest.json").read_text())
+        manifest["finished"] = f"2026-03-{day:02}T08:00:00+00:00"
+        (run / stage / "manifest.json").write_text(json.dumps(manifest))
+    assert build_card(run).finished == f"2026-03-{len(STAGES):02}T08:00:00+00:00"

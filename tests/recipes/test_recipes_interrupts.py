@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 import signal
 import sys
 import weakref
@@ -166,3 +167,30 @@ def test_a_stop_that_patient_work_never_asked_about_is_heeded_after_it() -> None
             ctrl_c()
         with pytest.raises(Interrupted):
             interrupts.heed()
+
+
+def test_what_a_stage_had_begun_is_given_up_when_what_it_read_has_changed(tmp_path: Path) -> None:
+    said = ["one"]
+    found: list[list[str]] = []
+
+    def data(context: StageContext[Any]) -> None:
+        (context.path / "said").write_text(said[0])
+
+    def sft(context: StageContext[Any]) -> None:
+        found.append(sorted(path.name for path in context.path.iterdir()))
+        (context.path / "state-00000001").mkdir(exist_ok=True)
+        if len(found) < 3:
+            raise Interrupted("stopped")
+
+    stages = [Stage("data", (), data), Stage("sft", ("data",), sft)]
+    run: RingRun[Any] = RingRun(None, tmp_path, Watcher(), Interrupts(), NoBoard(), torch.device("cpu"), compiled=False)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run_stages(run, stages)
+    shutil.rmtree(tmp_path / "data")
+    said[0] = "another"
+    run_stages(run, stages)
+    assert found == [["inputs.json"], ["inputs.json", "state-00000001"], ["inputs.json"]]
+    manifest = read_manifest(tmp_path / "sft")
+    assert manifest is not None
+    assert "inputs.json" not in manifest.outputs

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import garden as world
 import pytest
@@ -18,7 +19,9 @@ STAGES = ["corpus", "tokenizer", "pretrain", "code", "sft", "rankings", "reward"
 
 @pytest.fixture(scope="module")
 def garden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.plant(tmp_path_factory.mktemp("garden"))
+    folder = world.plant(tmp_path_factory.mktemp("garden"))
+    (folder / "scan.pdf").write_bytes(b"%PDF-1.7")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,63 @@ def test_every_stage_leaves_a_manifest_and_the_run_a_card(finished: Path) -> Non
     assert "<html" in (finished / "card.html").read_text(encoding="utf-8")
     stages = {json.loads(line)["stage"] for line in (finished / "metrics.jsonl").read_text().splitlines()}
     assert {"pretrain", "code", "sft", "reward", "gold", "ppo"} <= stages
+
+
+def card_of(run: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((run / "card.json").read_text(encoding="utf-8"))
+    return card
+
+
+def test_the_card_holds_every_table_that_a_ring_owes(finished: Path) -> None:
+    card = card_of(finished)
+    tables = {table["title"]: table for stage in card["stages"] for table in stage["report"]["tables"]}
+    columns = {title: table["columns"] for title, table in tables.items()}
+    assert columns["Bits per byte on held-out text"] == ["model", "prose", "user", "stdlib"]
+    assert columns["Win rate of each stage over the one before"][1:4] == ["wins %", "wins at equal length %", "ties"]
+    manners = ["stage", "tokens", "ended %", "entropy, nats a token", "distinct bigrams %", "KL to SFT, nats an answer"]
+    assert columns["How the stages answer"] == manners
+    judges = "Reward model and gold judge on held-out rankings"
+    assert columns[judges] == ["model", "pairs right %", "of equal length %", "calibration error"]
+    assert [row[0] for row in tables[judges]["rows"]] == ["reward", "gold"]
+    models = [row[0] for row in tables["Bits per byte on held-out text"]["rows"]]
+    assert models == [*(f"Kneser-Ney {n}-gram" for n in (2, 3, 5)), "pretrain", "code", "sft", "ppo"]
+    wins = tables["Win rate of each stage over the one before"]["rows"]
+    assert [row[0] for row in wins] == ["code over pretrain", "sft over code", "ppo over sft"]
+    assert all({"value", "low", "high", "mark"} == set(row[column]) for row in wins for column in (1, 2))
+    [tokenizer] = [stage for stage in card["stages"] if stage["name"] == "tokenizer"]
+    assert tokenizer["report"]["tables"][0]["note"].startswith("GPT-2's vocabulary could not be had")  # no network
+
+
+def test_the_card_says_what_every_stage_cost_and_what_it_was_made_from(finished: Path) -> None:
+    card = card_of(finished)
+    costs = {stage["name"]: stage["cost"] for stage in card["stages"]}
+    assert list(costs) == STAGES
+    assert all(cost["seconds"] > 0 and cost["peak_rss_bytes"] > 50e6 for cost in costs.values())
+    assert card["finished"] == json.loads((finished / "evaluation" / "manifest.json").read_text())["finished"]
+    for stage in ("pretrain", "code", "sft", "rankings", "reward", "gold", "ppo"):
+        assert costs[stage]["tokens"] > 0
+        assert 0 < costs[stage]["mfu"] < 1.5
+    assert any("2 per multiply-add" in formula for formula in card["formulas"])
+    assert any("1024, 2048 and 4096" in formula for formula in card["formulas"])
+    for stage in ("pretrain", "code", "sft"):
+        [report] = [s["report"] for s in card["stages"] if s["name"] == stage]
+        assert "padding share" in {fact["label"] for fact in report["facts"]}
+    assert {licence["source"]: licence["licence"] for licence in card["licences"]} == {
+        "stdlib": "PSF-2.0",
+        "user": "the user's own",
+    }
+    assert all(answers == ["pretrain", "code", "sft", "ppo"] for answers in _who_answers(card))
+
+
+def _who_answers(card: dict[str, Any]) -> list[list[str]]:
+    return [[answer["stage"] for answer in sample["answers"]] for sample in card["samples"]]
+
+
+def test_what_was_not_read_of_the_users_folder_stands_on_the_card(finished: Path) -> None:
+    [corpus] = [stage for stage in card_of(finished)["stages"] if stage["name"] == "corpus"]
+    left_out = {row[0]: row[-1] for row in corpus["report"]["tables"][0]["rows"]}
+    assert "1 not a text file by its name (first: " in left_out["user"]
+    assert "scan.pdf" in left_out["user"]
 
 
 def test_bits_per_byte_of_a_stage_are_the_same_wherever_they_stand(finished: Path) -> None:
@@ -179,6 +239,15 @@ def test_a_damaged_artifact_is_refused_and_nothing_is_overwritten(harm: str, cop
     assert "Traceback" not in done.stderr
     now = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file() and path.name != ".lock"}
     assert now == left
+
+
+def test_a_damaged_choice_of_compiling_is_refused_by_name(copied: Path, garden: Path) -> None:
+    for text in ("{", '"maybe"'):
+        (copied / "compiled.json").write_text(text)
+        done = world.raise_tiny(garden, copied.parent)
+        assert done.returncode == 2
+        assert f"{copied / 'compiled.json'}: damaged" in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_two_processes_on_one_run_are_kept_apart(copied: Path, garden: Path) -> None:
