@@ -61,6 +61,13 @@ OBJECTIVES = (
         "the approximate KL forgets the log-ratio",
     ),
     Mutant(
+        "extremes-of-padding",
+        POLICY,
+        "ratios = log_ratio_BT[mask_BT > 0]",
+        "ratios = log_ratio_BT",
+        "the ratio's extremes count what is no action",
+    ),
+    Mutant(
         "value-clip-takes-the-smaller",
         VALUE,
         "0.5 * torch.maximum(error",

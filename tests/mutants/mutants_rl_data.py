@@ -248,6 +248,13 @@ RL_DATA = (
         "what best of n is worth is estimated from the wrong ranks",
     ),
     Mutant(
+        "rated-low-is-shown",
+        FEEDME,
+        "if rating >= config.rating",
+        "if rating <= config.rating",
+        "what people rated low is a demonstration",
+    ),
+    Mutant(
         "held-out-kept",
         FEEDME,
         "[one for one in scored if one.prompt not in held_out]",
