@@ -17,20 +17,21 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "serve"))
 
 
-def modules(*, installs: bool) -> Path | None:
-    """The folder with `node_modules` and the tests; None without node, or if it is not there and must not be made."""
+def modules(*, installs: bool, package: Path = HERE / "npm" / "package.json", name: str = "npm") -> Path | None:
+    """The folder with `node_modules` for this package.json; None without node, or if it is not there and must not be
+    made."""
     node, npm = shutil.which("node"), shutil.which("npm")
     home = Path(os.environ.get("FLEDGE_HOME") or Path.home() / ".cache" / "fledge")
-    folder = home / "conformance" / "npm"
+    folder = home / "conformance" / name
     if node is None or (npm is None and installs):
         return None
-    wanted = (HERE / "npm" / "package.json").read_text(encoding="utf-8")
+    wanted = package.read_text(encoding="utf-8")
     mark = folder / "installed.json"
     if not (mark.is_file() and mark.read_text(encoding="utf-8") == wanted):
         if not installs:
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(HERE / "npm" / "package.json", folder / "package.json")
+        shutil.copyfile(package, folder / "package.json")
         command = [str(npm), "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
         subprocess.run(command, cwd=folder, check=True)
         mark.write_text(wanted, encoding="utf-8")
