@@ -56,6 +56,10 @@ SIZES = {
     "small": Size(
         LlamaConfig(130, 128, 3, 4, 2, 344, 64), 8, 48, lr=1e-3, base_lr=3e-3, base_steps=60, ends=0.04, ppo_epochs=1
     ),
+    # Lengths as conversations have them: most answers end long before the last of a batch.
+    "medium": Size(
+        LlamaConfig(514, 256, 6, 8, 4, 688, 96), 16, 64, lr=3e-4, base_lr=1e-3, base_steps=60, ends=0.08, ppo_epochs=1
+    ),
 }
 
 

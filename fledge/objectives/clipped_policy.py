@@ -12,7 +12,7 @@ Suffixes: B episodes, T positions (prompt and response), R response positions, V
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fledge.batches import Loss, Rollout, Term
 from fledge.layers.attention import SegmentContext
 from fledge.objectives.logprobs import target_logprobs
 from fledge.objectives.next_token import Trunk
+from fledge.objectives.padding import Group, without_padding
 
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside any clip range and far from overflow in float32
 
@@ -62,6 +63,27 @@ def action_logprobs(model: Trunk, x: Tensor, tokens_BT: Tensor, segments_BT: Ten
 PolicyRegion = Callable[[Trunk, Tensor, Tensor, Tensor, ActionSpace], Tensor]
 
 
+def token_logprobs(
+    model: Trunk, tokens_BT: Tensor, segments_BT: Tensor, space: ActionSpace, region: PolicyRegion | None = None
+) -> Tensor:
+    """`action_logprobs` of whole rows by a compiled `region`; if None eagerly, without the padding, where it is 0."""
+    if region is not None:
+        return region(model, model.embed(tokens_BT, SegmentContext(segments_BT)), tokens_BT, segments_BT, space)
+    prompt_width = tokens_BT.shape[1] - space.response_length
+
+    def logprobs_of(group: Group, segments_bL: Tensor) -> Tensor:
+        # What comes before the first response of the group needs no logits; the first token of a row never has any.
+        num_prompt_b = ((group.columns_bL < prompt_width) & group.inside_bL).sum(dim=1)
+        num_others = max(1, int(num_prompt_b.min()))
+        own = replace(space, response_length=max(1, segments_bL.shape[1] - num_others))
+        tokens_bL = group.of(tokens_BT)
+        x = model.embed(tokens_bL, SegmentContext(segments_bL))
+        logprobs_bL = action_logprobs(model, x, tokens_bL, segments_bL, own)
+        return torch.where(group.columns_bL < prompt_width, 0.0, logprobs_bL)
+
+    return without_padding(logprobs_of, segments_BT)
+
+
 @dataclass(frozen=True)
 class ClippedPolicy:
     """`clip` is epsilon; with `dual_clip` c > 1 a negative advantage costs at most c times itself."""
@@ -69,7 +91,7 @@ class ClippedPolicy:
     space: ActionSpace
     clip: float = 0.2
     dual_clip: float | None = None
-    region: PolicyRegion = action_logprobs
+    region: PolicyRegion | None = None
 
     def __post_init__(self) -> None:
         check_clip(self.clip, None, self.dual_clip)
@@ -81,8 +103,7 @@ class ClippedPolicy:
 
     def loss(self, model: Trunk, batch: Rollout) -> Loss:
         """Term `policy`: sum over actions. Figures: see `policy_stats` and `ratio_extremes`."""
-        x = model.embed(batch.tokens_BT, SegmentContext(batch.segments_BT))
-        logprobs_BT = self.region(model, x, batch.tokens_BT, batch.segments_BT, self.space)
+        logprobs_BT = token_logprobs(model, batch.tokens_BT, batch.segments_BT, self.space, self.region)
         mask_BT, count = batch.action_mask_BT, batch.counts["policy"]
         # Positions that are no action may hold a banned token of log-probability minus infinity: keep them out.
         log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - batch.old_logprobs_BT, 0.0)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.batches import Loss, Rollout, Term
-from fledge.layers.attention import SegmentContext
-from fledge.objectives.scores import Judge, ScoreRegion, read_scores
+from fledge.objectives.scores import Judge, ScoreRegion, token_scores
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ClippedValue:
     """`clip` is epsilon, in units of the (normalised) reward; None trains on the plain squared error."""
 
     clip: float | None = 0.2
-    region: ScoreRegion = read_scores
+    region: ScoreRegion | None = None
 
     def __post_init__(self) -> None:
         if self.clip is not None and self.clip <= 0:
@@ -52,10 +51,9 @@ class ClippedValue:
         return Loss({"value": Term((loss_BT * mask_BT).sum(), count)}, stats)
 
 
-def action_values(model: Judge, tokens_BT: Tensor, segments_BT: Tensor, region: ScoreRegion = read_scores) -> Tensor:
+def action_values(model: Judge, tokens_BT: Tensor, segments_BT: Tensor, region: ScoreRegion | None = None) -> Tensor:
     """Value of the state in which each token was chosen: what the model says one position EARLIER; 0 at the first."""
-    values_BT = region(model, model.embed(tokens_BT, SegmentContext(segments_BT)), segments_BT)
-    return F.pad(values_BT[:, :-1], (1, 0))
+    return F.pad(token_scores(model, tokens_BT, segments_BT, region)[:, :-1], (1, 0))
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -16,6 +16,7 @@ from fledge.errors import DataError
 from fledge.layers.attention import SegmentContext
 from fledge.objectives.logprobs import target_logprobs
 from fledge.objectives.next_token import Trunk
+from fledge.objectives.padding import groups_of
 
 Ids = tuple[int, ...]
 
@@ -51,13 +52,16 @@ def lay_out_rows(rows: Sequence[tuple[Ids, Ids]], *, max_length: int, pad_id: in
 
 def completion_logprobs(model: Trunk, tokens_NT: Tensor, segments_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """(N,) float32: log-probability of every row's completion, the SUM over its tokens; one forward a row."""
-    context = SegmentContext(segments_NT)
-    x_NTD = model.hidden(model.embed(tokens_NT, context), context)
-    # The position before a token predicts it, so the mask of targets moves one to the left.
-    is_target_NT = mask_NT[:, 1:] > 0
-    logprobs_M = target_logprobs(model.unembed(x_NTD[:, :-1][is_target_NT]), tokens_NT[:, 1:][is_target_NT])
-    row_M = is_target_NT.nonzero()[:, 0]
-    return torch.zeros(len(tokens_NT), device=tokens_NT.device).index_add(0, row_M, logprobs_M)
+    sums_N = torch.zeros(len(tokens_NT), device=tokens_NT.device)
+    for group in groups_of(segments_NT):
+        tokens_bL, segments_bL = group.of(tokens_NT), group.of(segments_NT) * group.inside_bL
+        context = SegmentContext(segments_bL)
+        x_bLD = model.hidden(model.embed(tokens_bL, context), context)
+        # The position before a token predicts it, so the mask of targets moves one to the left.
+        is_target_bL = (group.of(mask_NT) * group.inside_bL)[:, 1:] > 0
+        logprobs_M = target_logprobs(model.unembed(x_bLD[:, :-1][is_target_bL]), tokens_bL[:, 1:][is_target_bL])
+        sums_N = sums_N.index_add(0, group.rows_b[is_target_bL.nonzero()[:, 0]], logprobs_M)
+    return sums_N
 
 
 CompletionRegion = Callable[[Trunk, Tensor, Tensor, Tensor], Tensor]

@@ -19,15 +19,14 @@ from typing import Literal
 import torch
 
 from fledge.batches import GroupRollout, Loss, Term
-from fledge.layers.attention import SegmentContext
 from fledge.objectives.clipped_policy import (
     ActionSpace,
     PolicyRegion,
-    action_logprobs,
     check_clip,
     clipped_policy_loss,
     policy_stats,
     ratio_extremes,
+    token_logprobs,
 )
 from fledge.objectives.kl import k2, k3
 from fledge.objectives.next_token import Trunk
@@ -45,7 +44,7 @@ class GroupPolicy:
     dual_clip: float | None = None
     beta: float = 0.0
     estimator: Estimator = "k2"
-    region: PolicyRegion = action_logprobs
+    region: PolicyRegion | None = None
 
     def __post_init__(self) -> None:
         check_clip(self.clip, self.clip_high, self.dual_clip)
@@ -61,8 +60,7 @@ class GroupPolicy:
 
     def loss(self, model: Trunk, batch: GroupRollout) -> Loss:
         """Terms `policy` and, with a beta, `kl`: sums over actions, weighed by the batch; figures as PPO."""
-        x = model.embed(batch.tokens_BT, SegmentContext(batch.segments_BT))
-        logprobs_BT = self.region(model, x, batch.tokens_BT, batch.segments_BT, self.space)
+        logprobs_BT = token_logprobs(model, batch.tokens_BT, batch.segments_BT, self.space, self.region)
         is_action_BT = batch.action_mask_BT > 0
         # Positions that are no action may hold a banned token of log-probability minus infinity: keep them out.
         log_ratio_BT = torch.where(is_action_BT, logprobs_BT - batch.old_logprobs_BT, 0.0)

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from fledge.batches import Loss, RankingBatch, Term
 from fledge.errors import DataError
-from fledge.layers.attention import SegmentContext
-from fledge.objectives.scores import Judge, ScoreRegion, read_scores
+from fledge.objectives.scores import Judge, ScoreRegion, token_scores
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class KWiseRanking:
     row_length: int
     pad_id: int
     num_rows: int | None = None
-    region: ScoreRegion = read_scores
+    region: ScoreRegion | None = None
 
     def collate(self, examples: Sequence[RankedIds]) -> RankingBatch:
         """Whole prompts to one batch. `DataError` for a completion that does not fit, or too many of them."""
@@ -126,10 +125,10 @@ class KWiseRanking:
         return Loss({"ranking": Term(loss_sum, float(batch.num_prompts))}, stats)
 
 
-def last_scores(model: Judge, batch: RankingBatch, region: ScoreRegion = read_scores) -> Tensor:
+def last_scores(model: Judge, batch: RankingBatch, region: ScoreRegion | None = None) -> Tensor:
     """scores_N: what the model says at the last real token of each row."""
-    x = model.embed(batch.tokens_NT, SegmentContext(batch.segments_NT))
-    return region(model, x, batch.segments_NT).gather(1, batch.ends_N[:, None]).squeeze(1)
+    scores_NT = token_scores(model, batch.tokens_NT, batch.segments_NT, region)
+    return scores_NT.gather(1, batch.ends_N[:, None]).squeeze(1)
 
 
 def strict_pairs(prompt_N: Tensor, ranks_N: Tensor) -> Tensor:

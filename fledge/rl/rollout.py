@@ -20,13 +20,12 @@ from torch import Tensor
 from fledge.batches import RankingBatch
 from fledge.errors import DataError
 from fledge.infer.naive import Decode, generate
-from fledge.layers.attention import SegmentContext
 from fledge.models.scalar import ScalarModel
-from fledge.objectives.clipped_policy import ActionSpace, PolicyRegion, action_logprobs
+from fledge.objectives.clipped_policy import ActionSpace, PolicyRegion, token_logprobs
 from fledge.objectives.clipped_value import action_values
 from fledge.objectives.next_token import Trunk
 from fledge.objectives.ranking import last_scores
-from fledge.objectives.scores import ScoreRegion, read_scores
+from fledge.objectives.scores import ScoreRegion
 from fledge.rl.reward import last_action
 from fledge.types import Completion, SamplingParams
 
@@ -144,7 +143,7 @@ class RewardModelScorer:
 
     model: ScalarModel
     rows: int = 64
-    region: ScoreRegion = read_scores
+    region: ScoreRegion | None = None
 
     @torch.no_grad()
     def __call__(self, episodes: Episodes) -> Tensor:
@@ -159,27 +158,26 @@ class RewardModelScorer:
 
 @dataclass(frozen=True)
 class Regions:
-    """The costly parts of a forward pass; a caller may replace them by compiled ones."""
+    """The costly parts of a forward pass, compiled for rows of one width; None runs eagerly, without padding."""
 
-    policy: PolicyRegion = action_logprobs
-    scores: ScoreRegion = read_scores
+    policy: PolicyRegion | None = None
+    scores: ScoreRegion | None = None
 
 
 @torch.no_grad()
 def policy_logprobs(
-    model: Trunk, episodes: Episodes, space: ActionSpace, *, rows: int, region: PolicyRegion = action_logprobs
+    model: Trunk, episodes: Episodes, space: ActionSpace, *, rows: int, region: PolicyRegion | None = None
 ) -> Tensor:
     """The TRAINER's log-probability of every action, (B, T), 0 elsewhere; `rows` episodes at a time."""
     logprobs = []
     for chunk in episodes.chunks(rows):
-        x = model.embed(chunk.tokens_BT, SegmentContext(chunk.segments_BT))
-        logprobs_BT = region(model, x, chunk.tokens_BT, chunk.segments_BT, space)
+        logprobs_BT = token_logprobs(model, chunk.tokens_BT, chunk.segments_BT, space, region)
         logprobs.append(torch.where(chunk.action_mask_BT > 0, logprobs_BT, 0.0))
     return torch.cat(logprobs)
 
 
 @torch.no_grad()
-def state_values(model: ScalarModel, episodes: Episodes, *, rows: int, region: ScoreRegion = read_scores) -> Tensor:
+def state_values(model: ScalarModel, episodes: Episodes, *, rows: int, region: ScoreRegion | None = None) -> Tensor:
     """The value of the state before every action, (B, T), 0 elsewhere."""
     values = [
         action_values(model, chunk.tokens_BT, chunk.segments_BT, region) * chunk.action_mask_BT

@@ -8,6 +8,7 @@ POLICY, VALUE = "fledge/objectives/clipped_policy.py", "fledge/objectives/clippe
 GROUP, KL = "fledge/objectives/group_policy.py", "fledge/objectives/kl.py"
 KTO, PREFERENCE = "fledge/objectives/kto.py", "fledge/objectives/preference.py"
 COMPLETIONS, RANKING = "fledge/objectives/completions.py", "fledge/objectives/ranking.py"
+PADDING = "fledge/objectives/padding.py"
 NEXT_TOKEN, LOGPROBS = "fledge/objectives/next_token.py", "fledge/objectives/logprobs.py"
 
 OBJECTIVES = (
@@ -84,8 +85,8 @@ OBJECTIVES = (
     Mutant(
         "value-sees-the-action",
         VALUE,
-        "F.pad(values_BT[:, :-1], (1, 0))",
-        "values_BT",
+        "F.pad(token_scores(model, tokens_BT, segments_BT, region)[:, :-1], (1, 0))",
+        "token_scores(model, tokens_BT, segments_BT, region)",
         "an action's baseline has seen the action",
     ),
     Mutant(
@@ -266,9 +267,8 @@ OBJECTIVES = (
     Mutant(
         "completion-mean",
         COMPLETIONS,
-        "return torch.zeros(len(tokens_NT), device=tokens_NT.device).index_add(0, row_M, logprobs_M)",
-        "return torch.zeros(len(tokens_NT), device=tokens_NT.device).index_add(0, row_M, logprobs_M)"
-        " / mask_NT.sum(dim=1)",
+        "return sums_N",
+        "return sums_N / mask_NT.sum(dim=1)",
         "an answer's log-probability is a mean, which favours no length",
     ),
     Mutant(
@@ -281,8 +281,8 @@ OBJECTIVES = (
     Mutant(
         "completion-shifted",
         COMPLETIONS,
-        "x_NTD[:, :-1][is_target_NT]",
-        "x_NTD[:, 1:][is_target_NT]",
+        "x_bLD[:, :-1][is_target_bL]",
+        "x_bLD[:, 1:][is_target_bL]",
         "a token of an answer is predicted from itself",
     ),
     Mutant(
@@ -340,5 +340,26 @@ OBJECTIVES = (
         "weights_NN[i, j] += label.preference / len(labels)",
         "weights_NN[i, j] += (1 - label.preference) / len(labels)",
         "both sides of a soft label count the same",
+    ),
+    Mutant(
+        "group-on-the-first-rows",
+        PADDING,
+        "rows_bL = group.rows_b[:, None]",
+        "rows_bL = torch.arange(len(group.rows_b))[:, None]",
+        "what is said of a group of rows is put on the first rows of the batch",
+    ),
+    Mutant(
+        "group-begins-at-the-padding",
+        PADDING,
+        "(first_B[rows_b, None] + place_L)",
+        "(0 * first_B[rows_b, None] + place_L)",
+        "padding on the left is taken for the beginning of a row",
+    ),
+    Mutant(
+        "group-forgets-first-answers",
+        POLICY,
+        "int(num_prompt_b.min())",
+        "int(num_prompt_b.max())",
+        "answers after shorter prompts lose their first tokens",
     ),
 )

@@ -73,7 +73,7 @@ def test_c15_every_completion_passes_through_the_model_once():
     scalar, seen = model(), []
     scalar.trunk.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
     OBJECTIVE.loss(scalar, OBJECTIVE.collate([ranking(*[4] * 9)]))
-    assert seen == [9]
+    assert sum(seen) == 9
 
 
 def test_c15_ties_are_left_out_and_the_normaliser_shrinks():

@@ -188,13 +188,8 @@ def test_rloo_step_is_reinforce_on_whole_answers():
     run = grpo(replace(config, optim=OptimConfig.adamw(0.0)))
     result = run.round()
     policy, rollout = toy.language_model(), result.rollout
-    logprobs = run.world.regions.policy(
-        policy,
-        policy.embed(rollout.tokens_BT, toy_context(rollout)),
-        rollout.tokens_BT,
-        rollout.segments_BT,
-        run.space,
-    )
+    x = policy.embed(rollout.tokens_BT, toy_context(rollout))
+    logprobs = action_logprobs(policy, x, rollout.tokens_BT, rollout.segments_BT, run.space)
     said = torch.where(rollout.action_mask_BT > 0, logprobs, 0.0).sum(1)
     advantages = rollout.advantages_BT.sum(1) / rollout.action_mask_BT.sum(1)
     (-(advantages * said).mean()).backward()
