@@ -71,7 +71,7 @@ def refuse_other_weights(loaded: LoadedModel, expected: str) -> None:
 
 def load_scorer(name: str, runs: Path, start: LoadedModel, device: torch.device | None = None) -> LoadedModel:
     """A reward model or judge of the same tokens and chat template as `start` (C11); it is left frozen."""
-    directory = resolve_model(name, runs)
+    directory = resolve_model(scorer_name(name, runs), runs)
     loaded = load_model(directory, device=device)
     if not isinstance(loaded.model, ScalarModel):
         raise RunError(f"{directory}: a {loaded.info.family} model gives no scores; name a reward model, RUN:reward")
@@ -84,6 +84,12 @@ def load_scorer(name: str, runs: Path, start: LoadedModel, device: torch.device 
             )
     loaded.model.requires_grad_(False)
     return loaded
+
+
+def scorer_name(name: str, runs: Path) -> str:
+    """RUN:reward for a RUN that holds a reward model and is named alone; otherwise the name as it is."""
+    holds_one = ":" not in name and (runs / name / "reward" / "manifest.json").is_file()
+    return f"{name}:reward" if holds_one else name
 
 
 def own_stages(plan: AlignPlan) -> tuple[str, ...]:

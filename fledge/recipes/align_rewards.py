@@ -20,7 +20,7 @@ from fledge.errors import ConfigError
 from fledge.files import sha256_file
 from fledge.formats.checkpoint import LoadedModel
 from fledge.recipes.align_data import HELD_OUT, TRAIN, Asking, askings_of, cut_of
-from fledge.recipes.align_models import Context, load_scorer, refuse_other_weights, scalar
+from fledge.recipes.align_models import Context, load_scorer, refuse_other_weights, scalar, scorer_name
 from fledge.recipes.align_plan import RewardPart, StartPlan
 from fledge.recipes.align_rules import RuleOrder, RuleScorer, rules_part
 from fledge.recipes.answers import score_answers
@@ -67,6 +67,7 @@ def _model_part(text: str, weight: float, caution: float, runs: Path, start: Loa
 
 def _members(name: str, runs: Path) -> list[str]:
     """`name` and the further members that were trained beside it: RUN:reward, RUN:reward-2, RUN:reward-3 ..."""
+    name = scorer_name(name, runs)
     run, colon, stage = name.partition(":")
     if not colon:
         return [name]

@@ -276,6 +276,10 @@ def test_a_run_with_several_members_is_named_as_one_reward(folder: Path) -> None
         ["judge:reward", "judge:reward-2"], ["tiny:gold"]
     ]  # fmt: skip
     assert plan.rewards[0].caution == 1.0
+    alone = plan_of(replace(told, rewards=(("judge", 1.0),), judge="tiny"))
+    assert [member.name for member in alone.rewards[0].models] == ["judge:reward", "judge:reward-2"]
+    assert alone.judge is not None
+    assert alone.judge.hash == load_model(folder / "runs" / "tiny" / "reward" / "model").hash
     with pytest.raises(ConfigError, match="gold judge must be another"):
         plan_of(replace(told, judge="judge:reward-2"))
     with pytest.raises(ConfigError, match="same weights"):
