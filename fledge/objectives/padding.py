@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# On a CPU small groups run as fast as large ones; an accelerator would rather have one.
-_GROUPS = {"cpu": 4}
-_LEAST_ROWS = 4  # of a group
+MOST_GROUPS = 4
+# What one more pass costs, in positions of a pass: an accelerator is only full with many rows.
+PASS_POSITIONS = {"cpu": 256, "cuda": 65_536}
 
 
 class Group(NamedTuple):
@@ -39,11 +39,24 @@ def groups_of(segments_BT: Tensor) -> Iterator[Group]:
     length_B = torch.where(is_real_BT.any(dim=1), width - after_B - first_B, 0)
     rows = length_B.argsort(stable=True)
     rows = rows[(length_B == 0).sum() :] if length_B.any() else rows
-    number = max(1, min(_GROUPS.get(segments_BT.device.type, 1), len(rows) // _LEAST_ROWS))
-    for rows_b in rows.tensor_split(number):
+    for rows_b in _cut(rows, length_B[rows].tolist()):
         place_L = torch.arange(max(1, int(length_B[rows_b].max())), device=rows.device)
         columns_bL = (first_B[rows_b, None] + place_L).clamp(max=width - 1)
         yield Group(rows_b, columns_bL, place_L < length_B[rows_b, None])
+
+
+def _cut(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """The rows, whose lengths rise, in as many groups as together cost least."""
+    pass_positions = PASS_POSITIONS.get(rows.device.type, 0)
+
+    def cost(number: int) -> int:
+        # As `tensor_split` cuts: the first ones are one row longer where it does not come out even.
+        each, longer = divmod(len(lengths), number)
+        ends = [each * n + min(n, longer) for n in range(1, number + 1)]
+        counts = [each + (n < longer) for n in range(number)]
+        return sum(count * lengths[end - 1] for count, end in zip(counts, ends, strict=True)) + number * pass_positions
+
+    return rows.tensor_split(min(range(1, min(MOST_GROUPS, len(lengths)) + 1), key=cost))
 
 
 def without_padding(run: Callable[[Group, Tensor], Tensor], segments_BT: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from fledge.models.pocket import Pocket, PocketConfig
 from fledge.models.scalar import ScalarModel
 from fledge.objectives.clipped_policy import ActionSpace, action_logprobs, token_logprobs
 from fledge.objectives.completions import completion_logprobs
-from fledge.objectives.padding import groups_of
+from fledge.objectives.padding import PASS_POSITIONS, groups_of
 from fledge.objectives.scores import read_scores, token_scores
 
 PROMPT, RESPONSE, VOCAB, PAD = 6, 10, 30, 1
@@ -45,9 +45,18 @@ def rows_of(lengths: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, PROMPT), st.integers(1, RESPONSE)), min_size=1, max_size=20)
+
+
+@pytest.fixture(autouse=True)
+def passes_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small batches are cut, too."""
+    monkeypatch.setitem(PASS_POSITIONS, "cpu", 1)
+
+
 UNEVEN = [(1 + 5 * row % PROMPT, 1 + 7 * row % RESPONSE) for row in range(19)]
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LENGTHS)
 def test_every_real_position_is_in_one_group_and_groups_are_as_wide_as_their_longest_row(
     lengths: list[tuple[int, int]],
@@ -69,7 +78,7 @@ def test_rows_of_padding_alone_are_left_out_unless_there_is_nothing_else() -> No
     assert (nothing.columns_bL.shape, bool(nothing.inside_bL.any())) == ((3, 1), False)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LENGTHS)
 def test_log_probabilities_of_actions_are_those_of_whole_rows(lengths: list[tuple[int, int]]) -> None:
     tokens, segments, mask = rows_of(lengths)
@@ -127,13 +136,17 @@ def test_a_compiled_region_is_given_whole_rows() -> None:
     assert shapes == [tokens.shape]
 
 
-def test_half_and_more_of_the_positions_are_spared_where_lengths_differ() -> None:
+def test_half_and_more_of_the_positions_are_spared_where_lengths_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     _, segments, _ = rows_of([(2, 1)] * 15 + [(PROMPT, RESPONSE)])
     run = sum(group.columns_bL.numel() for group in groups_of(segments))
     assert run == 12 * 3 + 4 * 16  # of 16 x 16; the long row takes the three beside it along
+    monkeypatch.setitem(PASS_POSITIONS, "cpu", 60)  # a second group spares 104 positions, a third 26
+    assert [len(group.rows_b) for group in groups_of(segments)] == [8, 8]
+    monkeypatch.setitem(PASS_POSITIONS, "cpu", 200)
+    assert [len(group.rows_b) for group in groups_of(segments)] == [16]
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 8, 64])
-def test_rows_of_one_length_cost_no_more_than_whole_rows(num_rows: int) -> None:
+def test_rows_of_one_length_are_one_group(num_rows: int) -> None:
     _, segments, _ = rows_of([(PROMPT, RESPONSE)] * num_rows)
-    assert sum(group.columns_bL.numel() for group in groups_of(segments)) == num_rows * 16
+    assert [group.columns_bL.shape for group in groups_of(segments)] == [(num_rows, 16)]
