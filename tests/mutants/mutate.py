@@ -5,7 +5,7 @@
 Every mutant gets a copy of package and tests of its own in a temporary folder; the checkout is only read. There the
 fast tests of rl/, objectives/ and text/chat.py run, those of the mutated file first, up to the first failure. A mutant
 that no test catches has survived: a test is missing, and the exit status is 1. So it is if the catalogue does not fit
-the code, or if the tests fail without a mutant. A full run writes its table into docs/alignment.md.
+the code, or if the tests fail without a mutant. What was found is written into the table in docs/alignment.md.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ PAGE = ROOT / "docs" / "alignment.md"
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 PARTS = ("fledge", "tests", "pyproject.toml")
 TESTS = ("tests/rl", "tests/objectives", "tests/text/test_text_chat.py")
+_ROW = re.compile(r"\| ([\w-]+) \|.*\| (\d+) \| \d+ \|$")  # name, rank
+_SURVIVED = "**survived**"
 # A run that takes this much longer than all tests do without a mutant hangs.
 PATIENCE = 6.0
 
@@ -107,7 +109,7 @@ def run_tests(folder: str, tests: list[str], told: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="show the catalogue and end")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone; writes no table")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone, and their rows of the table")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)")
     args = parser.parse_args()
     try:
@@ -125,7 +127,7 @@ def main() -> int:
     runs = Runs()
     try:
         with closing(hunt(chosen, runs, max(1, args.jobs))) as outcomes:
-            return report(chosen, outcomes, is_whole=args.only is None)
+            return report(chosen, outcomes)
     except MutantError as error:
         print(error, file=sys.stderr)
         return 1
@@ -240,8 +242,8 @@ def verdict(runs: Runs, folder: Path, tests: Sequence[str], limit: float | None)
     return Verdict(len(cases), None)
 
 
-def report(chosen: Sequence[Mutant], outcomes: Iterator[Outcome], *, is_whole: bool) -> int:
-    """Print every outcome as it comes; write the table of a full run; 1 if a mutant survived."""
+def report(chosen: Sequence[Mutant], outcomes: Iterator[Outcome]) -> int:
+    """Print every outcome as it comes, write the table; 1 if a mutant survived."""
     began, found = time.monotonic(), []
     for outcome in outcomes:
         found.append(outcome)
@@ -252,36 +254,35 @@ def report(chosen: Sequence[Mutant], outcomes: Iterator[Outcome], *, is_whole: b
     print(f"{len(found) - len(survivors)} of {len(found)} caught in {minutes:.0f} min")
     for name in survivors:
         print(f"  survived: {name}")
-    if is_whole:
-        write_table(PAGE, found)
+    write_table(PAGE, found)
     return int(bool(survivors))
 
 
 def write_table(page: Path, found: Sequence[Outcome]) -> None:
-    """Put the outcomes between the markers of the page."""
+    """Put the outcomes between the markers of the page, in place of what it says of these mutants so far."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table_of(found)}{END}{after}", encoding="utf-8")
+    told, _, after = rest.partition(END)
+    rows = {match[1]: line for line in told.splitlines() if (match := _ROW.match(line))}
+    rows |= {outcome.mutant.name: row_of(outcome) for outcome in found}
+    lines = [rows[mutant.name] for mutant in CATALOGUE if mutant.name in rows]
+    page.write_text(f"{before}{BEGIN}\n{table_of(lines)}{END}{after}", encoding="utf-8")
 
 
-def table_of(found: Sequence[Outcome]) -> str:
-    caught = sum(outcome.test is not None for outcome in found)
-    ranks = sorted(outcome.rank for outcome in found if outcome.test)
-    lines = [
-        f"{caught} of {len(found)} caught; half of them by the {ranks[len(ranks) // 2]}th test that ran or before."
-        if ranks
-        else f"{caught} of {len(found)} caught.",
-        "",
-        "| mutant | file | the bug | caught by | rank | seconds |",
-        "|---|---|---|---|---:|---:|",
-    ]
-    for outcome in found:
-        mutant, test = outcome.mutant, outcome.test
-        told = "**survived**" if test is None else f"`{re.sub(r'^.*::', '', test)}`".replace("|", "\\|")
-        file = mutant.file.removeprefix("fledge/")
-        lines.append(f"| {mutant.name} | `{file}` | {mutant.what} | {told} | {outcome.rank} | {outcome.seconds:.0f} |")
-    return "\n".join(lines) + "\n"
+def table_of(lines: Sequence[str]) -> str:
+    ranks = sorted(int(match[2]) for line in lines if (match := _ROW.match(line)) and _SURVIVED not in line)
+    summary = f"{len(ranks)} of {len(lines)} caught"
+    if ranks:
+        summary += f"; half of them by the {ranks[len(ranks) // 2]}th test that ran or before"
+    head = ("| mutant | file | the bug | caught by | rank | seconds |", "|---|---|---|---|---:|---:|")
+    return "\n".join((f"{summary}.", "", *head, *lines)) + "\n"
+
+
+def row_of(outcome: Outcome) -> str:
+    mutant, test = outcome.mutant, outcome.test
+    told = _SURVIVED if test is None else f"`{re.sub(r'^.*::', '', test)}`".replace("|", "\\|")
+    file = mutant.file.removeprefix("fledge/")
+    return f"| {mutant.name} | `{file}` | {mutant.what} | {told} | {outcome.rank} | {outcome.seconds:.0f} |"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -62,20 +62,21 @@ def test_tests_of_the_mutated_file_run_first_and_all_run() -> None:
     assert {*everything} == {*own, *rest}
 
 
-def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
+def test_table_keeps_the_rows_that_a_run_said_nothing_of(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{mutate.BEGIN}\nold\n{mutate.END}\nafter\n", encoding="utf-8")
-    mutant = Mutant("name", "fledge/rl/kl.py", "a", "b", "what")
-    found = [
-        mutate.Outcome(mutant, "tests/rl/test_rl_kl.py::test_x[a|b]", 7, 2.4),
-        mutate.Outcome(mutant, None, 0, 9.0),
-    ]
-    mutate.write_table(page, found)
+    page.write_text(
+        f"before\n{mutate.BEGIN}\nold\n| gone | a | b | c | 1 | 1 |\n{mutate.END}\nafter\n", encoding="utf-8"
+    )
+    first, second, *_ = CATALOGUE
+    mutate.write_table(page, [mutate.Outcome(second, None, 0, 9.0)])
+    mutate.write_table(page, [mutate.Outcome(first, "tests/rl/test_rl_kl.py::test_x[a|b]", 7, 2.4)])
     text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{mutate.BEGIN}\n1 of 2 caught; ")
+    assert text.startswith(f"before\n{mutate.BEGIN}\n1 of 2 caught; half of them by the 7th ")
     assert text.endswith(f"{mutate.END}\nafter\n")
-    assert "| name | `rl/kl.py` | what | `test_x[a\\|b]` | 7 | 2 |" in text
-    assert "**survived**" in text
+    file = first.file.removeprefix("fledge/")
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert rows[0] == f"| {first.name} | `{file}` | {first.what} | `test_x[a\\|b]` | 7 | 2 |"
+    assert [row.split(" | ")[3] for row in rows[1:]] == ["**survived**"]
 
 
 def test_command_lists_the_catalogue_and_refuses_an_unknown_name() -> None:
