@@ -46,6 +46,14 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help="another name for one of the models",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=MODEL=FOLDER",
+        action="append",
+        default=[],
+        help="one of the models with the PEFT adapter in a folder, under a name of its own: they share the weights in "
+        "memory, and their requests run side by side",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of the engines, as torch calls it (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of each engine (default: as many as torch takes)")
@@ -64,6 +72,12 @@ def add_parser(subparsers: Any) -> None:
         "answers stay the same",
     )
     parser.add_argument("--memory-mb", type=int, help="for all models; those least used make room (default: no limit)")
+    _add_moderation(parser)
+    parser.add_argument("--no-worker", action="store_true", help="leave fine-tuning jobs to `fledge worker` elsewhere")
+    parser.set_defaults(run=run)
+
+
+def _add_moderation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--moderation",
         metavar="RUN",
@@ -77,13 +91,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--threshold", metavar="CATEGORY=SCORE", action="append", default=[], help="in place of a measured threshold"
     )
-    parser.add_argument("--no-worker", action="store_true", help="leave fine-tuning jobs to `fledge worker` elsewhere")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; answers in progress are given time to end."""
-    entries = model_entries(args.models, args.alias, args.runs)
+    entries = model_entries(args.models, args.alias, args.runs, args.adapter)
     if args.cache_mb < 1 or (args.memory_mb is not None and args.memory_mb < 1):
         raise UserError("--cache-mb and --memory-mb are at least 1")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
@@ -101,7 +113,9 @@ def _refuse_idle_draft(loader: ProcessLoader, entries: Sequence[ModelEntry]) -> 
         raise UserError(f"--draft {loader.draft}: none of the models has its tokenizer, so it would guess for nobody")
 
 
-def model_entries(names: Sequence[str], aliases: Sequence[str], runs: Path) -> list[ModelEntry]:
+def model_entries(
+    names: Sequence[str], aliases: Sequence[str], runs: Path, adapters: Sequence[str] = ()
+) -> list[ModelEntry]:
     """The models by the names that clients use; `UserError` for one that is not there or named twice."""
     found = [ModelEntry(name, now(), "fledge", path=resolve_model(name, runs).resolve()) for name in names]
     for alias in aliases:
@@ -109,6 +123,14 @@ def model_entries(names: Sequence[str], aliases: Sequence[str], runs: Path) -> l
         if not equals or not name or target not in names:
             raise UserError(f"--alias {alias}: expected NAME=MODEL with a MODEL that is served")
         found.append(ModelEntry(name, now(), "fledge", target=target))
+    for adapter in adapters:
+        name, target, folder = [*adapter.split("=", 2), "", ""][:3]
+        if not name or target not in names or not (Path(folder) / "adapter_config.json").is_file():
+            raise UserError(
+                f"--adapter {adapter}: expected NAME=MODEL=FOLDER with a MODEL that is served and a FOLDER that holds "
+                "an adapter_config.json"
+            )
+        found.append(ModelEntry(name, now(), "fledge", target=target, adapter=Path(folder).resolve()))
     taken = [entry.name for entry in found]
     if twice := {name for name in taken if taken.count(name) > 1}:
         raise UserError(f"two models are named '{min(twice)}'")

@@ -65,6 +65,8 @@ async def create(
 async def _embed(state: State, principal: Principal, body: EmbeddingRequest, request: Request) -> dict[str, Any]:
     began = time.perf_counter()
     async with state.hub.use(principal.owner, body.model) as model:
+        if model.adapter is not None:
+            raise refused("embeddings are a model's own; name the model without its adapter", "model", "invalid_value")
         rows = await asyncio.to_thread(_rows, model, body)
         num_tokens = sum(map(len, rows))
         principal.budgets.charge("tokens", num_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +43,9 @@ class Engine(Protocol):
 
     async def embed(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """(N, D), each row of length 1."""
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Hold the PEFT adapter of a folder for requests that name it. `UserError` if it does not fit."""
 
     async def stats(self) -> Figures: ...
     async def close(self) -> None: ...
@@ -84,6 +88,9 @@ class ProcessEngine:
 
     async def embed(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         return await asyncio.to_thread(self._process.embed, rows)
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        await asyncio.to_thread(self._process.load_adapter, name, path)
 
     async def stats(self) -> Figures:
         return await asyncio.to_thread(self._process.stats)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -28,13 +28,14 @@ _MAX_ALIASES = 8  # that lead from one to the next
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A name and what it stands for: a checkpoint folder, or another name."""
+    """A name and what it stands for: a checkpoint folder, another name, or that with the PEFT adapter in a folder."""
 
     name: str
     created_at: int
     owned_by: str
     path: Path | None = None
     target: str | None = None
+    adapter: Path | None = None
     is_deletable: bool = False
 
 
@@ -47,6 +48,9 @@ class Loader(Protocol):
     async def load(self, name: str, path: Path) -> ServedModel:
         """`UserError` for a checkpoint that cannot be used."""
 
+    async def adapt(self, model: ServedModel, name: str, adapter: Path) -> ServedModel:
+        """The model with the adapter of a folder, on the same engine. `UserError` if it does not fit."""
+
 
 @dataclass(eq=False)
 class _Held:
@@ -56,6 +60,7 @@ class _Held:
     task: asyncio.Task[ServedModel]
     num_users: int = 0
     used_at: int = 0  # counts uses, not seconds
+    adapted: dict[str, asyncio.Task[ServedModel]] = field(default_factory=dict)  # by the name of the adapter's entry
 
 
 class Hub:
@@ -108,20 +113,28 @@ class Hub:
         return name not in self._own and await stored.delete_model(self._database, owner, name)
 
     async def path_of(self, owner: str, name: str) -> Path:
-        """The checkpoint that a name leads to."""
-        entry = await self.find(owner, name)
+        """The checkpoint that a name leads to; 400 if there is more to the model, an adapter."""
+        path, adapted = await self._resolve(owner, name)
+        if adapted is not None:
+            raise refused(f"The model '{name[:200]}' is '{adapted.target}' with an adapter: name that one", "model")
+        return path
+
+    async def _resolve(self, owner: str, name: str) -> tuple[Path, ModelEntry | None]:
+        """The checkpoint that a name leads to, and the entry on the way there that adds an adapter."""
+        entry, adapted = await self.find(owner, name), None
         for _ in range(_MAX_ALIASES):
             if entry.target is None:
                 break
+            adapted = entry if entry.adapter is not None else adapted
             entry = await self.find(owner, entry.target)
         if entry.path is None:
             raise ApiError(500, f"The model '{name[:200]}' is an alias that leads nowhere", code="internal_error")
-        return entry.path
+        return entry.path, adapted
 
     @asynccontextmanager
     async def use(self, owner: str, name: str) -> AsyncIterator[ServedModel]:
         """The model, loaded, which stays so within this block. 404, 400 for a damaged one, 503 if memory is short."""
-        path = await self.path_of(owner, name)
+        path, adapted = await self._resolve(owner, name)
         held = self._held.get(path)
         if held is None or (held.task.done() and not _is_loaded(held)):
             held = await self._begin(path)
@@ -129,7 +142,8 @@ class Hub:
         self._num_uses += 1
         held.used_at = self._num_uses
         try:
-            yield await asyncio.shield(held.task)
+            model = await asyncio.shield(held.task)
+            yield model if adapted is None else await self._adapted(held, model, adapted)
         finally:
             held.num_users -= 1
 
@@ -157,6 +171,20 @@ class Hub:
         self._held[path] = begun
         return begun
 
+    async def _adapted(self, held: _Held, model: ServedModel, entry: ModelEntry) -> ServedModel:
+        """The model with an entry's adapter, which is loaded when it is first asked for."""
+        task = held.adapted.get(entry.name)
+        if task is None or (task.done() and task.exception() is not None):
+            task = held.adapted[entry.name] = asyncio.create_task(self._adapt(model, entry))
+        return await asyncio.shield(task)
+
+    async def _adapt(self, model: ServedModel, entry: ModelEntry) -> ServedModel:
+        assert entry.adapter is not None
+        try:
+            return await self._loader.adapt(model, entry.name, entry.adapter)
+        except (UserError, EngineError) as error:
+            raise _unavailable(entry.adapter, error) from error
+
     async def _load(self, path: Path, gone: Sequence[_Held]) -> ServedModel:
         for old in gone:
             await _put_away(old)
@@ -164,10 +192,7 @@ class Hub:
         try:
             return await self._loader.load(str(path), path)
         except (UserError, EngineError) as error:
-            # The checkpoint is the operator's matter: the client learns nothing of paths and hashes.
-            log.error("%s cannot be loaded: %s", path, error)
-            message = "The model cannot be loaded; the server's log says why"
-            raise ApiError(503, message, code="model_unavailable") from error
+            raise _unavailable(path, error) from error
 
     def _to_evict(self, path: Path, size: int) -> list[Path]:
         """Whom to put away so that `size` more bytes fit; 503 if that is not enough."""
@@ -191,6 +216,12 @@ class Hub:
 
 def _is_loaded(held: _Held) -> bool:
     return held.task.done() and not held.task.cancelled() and held.task.exception() is None
+
+
+def _unavailable(path: Path, error: Exception) -> ApiError:
+    """The checkpoint is the operator's matter: the client learns nothing of paths and hashes."""
+    log.error("%s cannot be loaded: %s", path, error)
+    return ApiError(503, "The model cannot be loaded; the server's log says why", code="model_unavailable")
 
 
 async def _put_away(held: _Held) -> None:

@@ -6,9 +6,10 @@ No torch: of the checkpoint only what says what it is, tokenizer.json and templa
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ class ProcessLoader:
         if self.draft is None or not read_renderer(self.draft)[0].tokenizer.has_tokens_of(tokenizer):
             return None
         return self.draft
+
+    async def adapt(self, model: ServedModel, name: str, adapter: Path) -> ServedModel:
+        await model.engine.load_adapter(name, adapter)
+        own = await asyncio.to_thread(sha256_file, adapter / "adapter_model.safetensors")
+        both = hashlib.sha256(f"{model.fingerprint} {own}".encode()).hexdigest()
+        return replace(model, adapter=name, fingerprint=both)
 
     async def load(self, name: str, path: Path) -> ServedModel:
         renderer, described = await asyncio.to_thread(read_renderer, path)

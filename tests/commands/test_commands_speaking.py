@@ -326,6 +326,22 @@ def test_a_draft_model_is_served_to_those_of_its_tokenizer_only(runs, tokenizer,
         serve._refuse_idle_draft(loader, entries[:1])
 
 
+def test_an_adapter_is_served_under_a_name_of_its_own_over_one_of_the_models(runs, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    own = serve.model_entries(["small"], ["big=small"], runs, [f"x=small={tmp_path / 'adapter'}"])
+    assert [(entry.name, entry.target, entry.adapter is None) for entry in own] == [
+        ("small", None, True),
+        ("big", "small", True),
+        ("x", "small", False),
+    ]
+    for wrong in ("x", "x=small", f"x=big={tmp_path / 'adapter'}", "x=small=nowhere", f"=small={tmp_path / 'adapter'}"):
+        with pytest.raises(UserError, match="expected NAME=MODEL=FOLDER"):
+            serve.model_entries(["small"], ["big=small"], runs, [wrong])
+    with pytest.raises(UserError, match="two models are named 'big'"):
+        serve.model_entries(["small"], ["big=small"], runs, [f"big=small={tmp_path / 'adapter'}"])
+
+
 def test_control_characters_never_reach_the_terminal():
     assert speaking.printable("a\x1b[31mb\x07\r\u009b\tc\nd\u200d中") == "a[31mb\tc\nd\u200d中"
 

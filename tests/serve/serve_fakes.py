@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,9 +148,16 @@ class FakeLoader:
     def __init__(self, engine: FakeEngine | None = None) -> None:
         self.engine = engine or FakeEngine()
         self.loaded: list[Path] = []
+        self.adapted: list[str] = []
 
     def size(self, path: Path) -> int:
         return 100
+
+    async def adapt(self, model: ServedModel, name: str, adapter: Path) -> ServedModel:
+        self.adapted.append(name)
+        if adapter.name == "damaged":
+            raise UserError(f"{adapter}: holds no adapter")
+        return replace(model, adapter=name)
 
     async def load(self, name: str, path: Path) -> ServedModel:
         self.loaded.append(path)

@@ -220,6 +220,35 @@ async def test_models_are_loaded_on_demand_and_make_room(server: Server) -> None
     await hub.close()
 
 
+async def test_adapters_are_models_over_one_that_is_loaded_once(server: Server) -> None:
+    loader = server.loader
+    own = [
+        *entries("a", "b"),
+        *(ModelEntry(name, 0, "fledge", target="a", adapter=Path(name)) for name in ("x", "y", "damaged")),
+        ModelEntry("alias", 0, "fledge", target="x"),
+    ]
+    hub = Hub(server.state.database, loader, own, max_bytes=100)
+    async with hub.use("alice", "x") as x, hub.use("alice", "a") as a, hub.use("bob", "y") as y:
+        assert [one.adapter for one in (x, a, y)] == ["x", None, "y"]
+        assert x.engine is a.engine is y.engine
+        async with hub.use("alice", "alias") as again:
+            assert again is x
+    assert (loader.loaded, loader.adapted) == ([Path("a")], ["x", "y"])
+    for _ in range(2):
+        with pytest.raises(ApiError, match="server's log") as refusal:
+            async with hub.use("alice", "damaged"):
+                pass
+        assert refusal.value.status == 503
+    with pytest.raises(ApiError, match="'alias' is 'a' with an adapter") as refusal:
+        await hub.path_of("alice", "alias")
+    assert refusal.value.status == 400
+    await hub.warm("b")  # there is room for one: a goes, and its adapters with it
+    async with hub.use("alice", "x") as x:
+        assert x.adapter == "x"
+    assert loader.adapted == ["x", "y", "damaged", "damaged", "x"]
+    await hub.close()
+
+
 async def test_health_says_when_an_engine_is_down(client: httpx2.AsyncClient, server: Server) -> None:
     await complete(client, prompt="a")
     assert (await client.get("/health")).json() == {"status": "ok"}
