@@ -117,7 +117,8 @@ class Chat:
         options = self.body.stream_options
         wants_usage = bool(options and options.include_usage)
         is_padded = options is None or options.include_obfuscation is not False
-        chunks = Chunks(self._head(generation.model, "chat.completion.chunk"), wants_usage, is_padded)
+        counted = generation.usage if options is not None and options.is_counted_throughout else None
+        chunks = Chunks(self._head(generation.model, "chat.completion.chunk"), wants_usage, is_padded, counted)
         async for event in guarding.events(generation, asked, is_empty=self._max_tokens == 0):
             self._take(job, chunks, choices[event.index], event)
         report = guarding.report("chat")

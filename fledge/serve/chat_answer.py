@@ -151,11 +151,13 @@ class ChatChoice:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Spells the events of a stream. `head` is what they all have in common."""
+    """Spells the events of a stream. `head` is what they all have in common, `counted` what is counted meanwhile and
+    told in each."""
 
     head: dict[str, Any]
     has_usage: bool
     is_padded: bool
+    counted: Usage | None = None
 
     def delta(self, index: int, delta: Delta, told: list[dict[str, Any]] | None) -> dict[str, Any]:
         logprobs = {"content": told, "refusal": None} if told else None
@@ -175,7 +177,7 @@ class Chunks:
     def _chunk(self, choices: list[dict[str, Any]], pad: str | None) -> dict[str, Any]:
         chunk = {**self.head, "choices": choices}
         if self.has_usage:
-            chunk["usage"] = None
+            chunk["usage"] = None if self.counted is None else self.counted.to_chat()
         if pad is not None:
             chunk["obfuscation"] = pad
         return chunk

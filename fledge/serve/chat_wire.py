@@ -100,6 +100,11 @@ class ModerationWish(Wire):
 class StreamOptions(Wire):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None  # beyond the published document, named as vLLM names it
+
+    @property
+    def is_counted_throughout(self) -> bool:
+        return bool(self.include_usage and self.continuous_usage_stats)
 
 
 class Sampling(Wire):
@@ -122,6 +127,7 @@ class Sampling(Wire):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool | None = None
 
 
 TokenCount = Annotated[int, Field(ge=0, lt=2**31)]
@@ -190,7 +196,8 @@ SAMPLING_FIELDS = (
     FieldRule(
         "stream_options",
         "honoured",
-        "usage in the last event, padding against guessing lengths; without `stream` it has nothing to act on",
+        "usage in the last event (in each, with vLLM's `continuous_usage_stats`), padding against guessing lengths; "
+        "without `stream` it has nothing to act on",
     ),
     FieldRule("user", "inert", "the key says who asks"),
 )
@@ -199,6 +206,7 @@ EXTENSION_FIELDS = (
     FieldRule("min_p", "extension", "drop tokens below this share of the likeliest one's probability"),
     FieldRule("repetition_penalty", "extension", "Keskar et al. 2019"),
     FieldRule("min_tokens", "extension", "the answer does not end before"),
+    FieldRule("ignore_eos", "extension", "the answer does not end before `max_tokens`: for measuring speed"),
 )
 CHAT_FIELDS = (
     *SAMPLING_FIELDS,

@@ -170,8 +170,9 @@ class TextTask:
     def _say(self, job: Job, generation: Generation, choice: TextChoice, piece: dict[str, Any] | None) -> None:
         if self.body.stream and piece is not None:
             chunk = {**self._head(generation.model), "choices": [{"index": choice.index, **piece}]}
-            if self.body.stream_options and self.body.stream_options.include_usage:
-                chunk["usage"] = None
+            options = self.body.stream_options
+            if options and options.include_usage:
+                chunk["usage"] = generation.usage.to_chat() if options.is_counted_throughout else None
             job.emit(encode(chunk))
 
     def _head(self, model: ServedModel) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Generation:
             frequency_penalty=sampling.frequency_penalty or 0.0,
             repetition_penalty=sampling.repetition_penalty or 1.0,
             logit_bias=self._logit_bias(sampling.logit_bias or {}),
-            min_tokens=self._min_tokens(sampling.min_tokens or 0, max_tokens),
+            min_tokens=max_tokens if sampling.ignore_eos else self._min_tokens(sampling.min_tokens or 0, max_tokens),
         )
         return Request(
             id=uuid.uuid4().hex,

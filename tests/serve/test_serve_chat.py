@@ -64,6 +64,17 @@ async def test_usage_comes_last_and_is_null_before(client: httpx2.AsyncClient) -
     assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], (await ask(client)).json()["usage"])
 
 
+async def test_usage_is_counted_throughout_where_that_is_asked_for(client: httpx2.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    told = events((await ask(client, stream=True, stream_options=options)).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in told]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, (await ask(client)).json()["usage"]["completion_tokens"])
+    assert len(set(counts)) > 5
+    alone = events((await ask(client, stream=True, stream_options={"continuous_usage_stats": True})).text)
+    assert not any("usage" in chunk for chunk in alone)
+
+
 async def test_padding_makes_deltas_of_one_size_unless_it_is_declined(client: httpx2.AsyncClient) -> None:
     chunks = events((await ask(client, stream=True)).text)[:-1]
     sizes = {len(chunk["choices"][0]["delta"]["content"].encode()) + len(chunk["obfuscation"]) for chunk in chunks[1:]}
@@ -142,6 +153,8 @@ async def test_sampling_reaches_the_engine_as_it_was_sent(client: httpx2.AsyncCl
     assert (params.temperature, params.seed, request.stop, params.min_p) == (0, -5, ("a", "b"), 0.1)
     assert (params.max_tokens, params.logit_bias, params.top_k, params.top_p) == (7, ((20, -100.0),), 1, None)
     assert request.tenant == "alice"
+    await ask(client, ignore_eos=True, max_tokens=7)
+    assert server.engine.requests[-1].params.min_tokens == 7
 
 
 async def test_without_a_length_the_answer_may_fill_the_context(client: httpx2.AsyncClient, server: Server) -> None:
