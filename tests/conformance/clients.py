@@ -85,7 +85,7 @@ def main() -> int:
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"no client is called {unknown[0]}")
     cache = Path(os.environ.get("FLEDGE_HOME") or Path.home() / ".cache" / "fledge") / "conformance"
-    rows: list[tuple[Client, list[str], list[Result]]] = []
+    failures = 0
     with tempfile.TemporaryDirectory() as folder, strangers(Path(folder)) as variables:
         for name, client in zip(names, TABLE, strict=True):
             if wanted and name not in wanted:
@@ -95,13 +95,11 @@ def main() -> int:
                 print(f"{client.title} is not tested: node and npm are not here")
                 continue
             results = run_client(client, place, {**variables, "HOME": folder})
-            rows.append((client, versions(client, place), results))
+            write_row(client, versions(client, place), results)
             print(f"{client.title:>28}  {sum(error is None for _, error in results):3d} of {len(results)}", flush=True)
-    failures = [(client, *result) for client, _, results in rows for result in results if result[1] is not None]
-    for client, check, error in failures:
-        print(f"  failed: {client.title}: {check}: {error}")
-    if not wanted:
-        write_page(rows)
+            for check, error in results:
+                failures += error is not None
+                print("" if error is None else f"  failed: {check}: {error}\n", end="", flush=True)
     return 1 if failures else 0
 
 
@@ -187,16 +185,16 @@ def versions(client: Client, place: Path) -> list[str]:
     return [f"{package} {version}" for package, version in zip(client.packages, found, strict=True)]
 
 
-def write_page(rows: Sequence[tuple[Client, list[str], list[Result]]]) -> None:
-    """The table of docs/clients.md, behind what is written there by hand."""
-    before = PAGE.read_text(encoding="utf-8").partition(MARK)[0].rstrip()
-    lines = []
-    for client, shown, results in rows:
-        failed = [check for check, error in results if error is not None]
-        result = f"{len(results) - len(failed)} of {len(results)}" + (f"; not {', '.join(failed)}" if failed else "")
-        lines.append(f"| {client.title} | {', '.join(shown)} | {', '.join(c for c, _ in results)} | {result} |")
+def write_row(client: Client, shown: Sequence[str], results: Sequence[Result]) -> None:
+    """The client's row in the table of docs/clients.md, behind what is written there by hand; other rows stay."""
+    before, _, table = PAGE.read_text(encoding="utf-8").partition(MARK)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
+    failed = [check for check, error in results if error is not None]
+    result = f"{len(results) - len(failed)} of {len(results)}" + (f"; not {', '.join(failed)}" if failed else "")
+    rows[client.title] = f"| {client.title} | {', '.join(shown)} | {', '.join(c for c, _ in results)} | {result} |"
+    lines = "\n".join(rows[title] for title in (client.title for client in TABLE) if title in rows)
     PAGE.write_text(
-        f"""{before}
+        f"""{before.rstrip()}
 
 {MARK}
 
@@ -205,9 +203,8 @@ that calls tools and answers in the form it is held to.
 
 | client | version | what was run | passed |
 |---|---|---|---|
-"""
-        + "\n".join(lines)
-        + "\n",
+{lines}
+""",
         encoding="utf-8",
     )
 
