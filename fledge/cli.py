@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fledge import __version__
 from fledge.errors import Interrupted, TrainingHalted, UserError, nearest
@@ -43,7 +43,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line like every other error of ours."""
+    """An argument parser whose complaints are one line like every other error of ours; half an option is none."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands, of which only the one that was named is imported."""
-    parser = Parser(prog="fledge", description="Raise a ChatGPT from raw text.", allow_abbrev=False)
+    parser = Parser(prog="fledge", description="Raise a ChatGPT from raw text.")
     parser.add_argument("--version", action="version", version=f"fledge {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     named = next((argument for argument in arguments if not argument.startswith("-")), None)

@@ -42,6 +42,8 @@ WRONG = [
     (["raise", "pocket", "--text", "no/such/folder"], "no/such/folder"),
     (["raise", "pocket", "--text", "."], "no text in it"),
     (["raise", "pocket", "--frobnicate"], "--frobnicate"),
+    (["raise", "pocket", "--dept", "3"], "--dept"),
+    (["data", "list", "--js"], "--js"),
     (["raise", "pocket", "--name", "../outside"], "cannot name a run"),
     (["chat", "nobody"], "nobody"),
     (["complete", "nobody:ppo", "text"], "nobody"),

@@ -6,6 +6,7 @@ third of the bytes and teach nothing. Files that are not UTF-8 (a few Latin-1 on
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +39,9 @@ def examples(split: Split, *, cache: Path, seed: int) -> Iterator[TextExample]:
 
 
 def _pieces(root: Path) -> Iterator[TextExample]:
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_files(root)):
         name = path.relative_to(root)
-        if LEFT_OUT_FOLDERS & set(name.parts) or name.as_posix() in LEFT_OUT_FILES or _is_generated(name):
+        if name.as_posix() in LEFT_OUT_FILES or _is_generated(name):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -48,6 +49,13 @@ def _pieces(root: Path) -> Iterator[TextExample]:
             continue
         for number, piece in enumerate(cut_python(text)):
             yield TextExample(piece.strip("\n") + "\n", Provenance("stdlib", f"{name.as_posix()}#{number}", LICENCE))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The Python files of the folders that are not left out; those, site-packages above all, are not even entered."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _is_generated(name: Path) -> bool:
