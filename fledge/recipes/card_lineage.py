@@ -62,9 +62,9 @@ def read_lineage(run: Path) -> tuple[LineageNode, ...]:
     for stage in sorted(manifests, key=_order):
         checkpoints = _checkpoints(run, stage, manifests[stage])
         found += checkpoints or [_plain(stage, manifests[stage])]
-    holders = {item.node.sha256: item.node.id for item in found}
+    holders = {item.node.sha256: item.node.id for item in reversed(found)}  # of equal weights the first are the parents
     holders |= {config_hash(m.outputs): _representative(found, stage) for stage, m in manifests.items()}
-    return tuple(_resolved(item, holders) for item in found)
+    return _without_circles([_resolved(item, holders) for item in found])
 
 
 def lineage_svg(nodes: Sequence[LineageNode]) -> str:
@@ -142,8 +142,24 @@ def _resolved(item: _Found, holders: Mapping[str, str]) -> LineageNode:
     return replace(item.node, parents=tuple(parent for parent in parents if parent.node != item.node.id))
 
 
+def _without_circles(nodes: Sequence[LineageNode]) -> tuple[LineageNode, ...]:
+    """The nodes, without parents that descend from them: hashes alone say so where a stage changed no weight, as with
+    a value function that learned nothing and its reward model."""
+    above: dict[str, set[str]] = {node.id: set() for node in nodes}
+
+    def descends(name: str, other: str) -> bool:
+        return name == other or any(descends(parent, other) for parent in above[name])
+
+    kept = []
+    for node in nodes:
+        parents = tuple(p for p in node.parents if p.node is None or not descends(p.node, node.id))
+        above[node.id] = {parent.node for parent in parents if parent.node is not None}
+        kept.append(replace(node, parents=parents))
+    return tuple(kept)
+
+
 def _depths(nodes: Sequence[LineageNode]) -> dict[str, int]:
-    """The longest path to each node. A circle cannot be: a hash would have to contain itself."""
+    """The longest path to each node."""
     by_id = {node.id: node for node in nodes}
     known: dict[str, int] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -186,6 +187,19 @@ def test_a_parent_that_was_altered_is_not_linked(tmp_path: Path) -> None:
     path.write_text(json.dumps(data), "utf-8")
     parents = {node.id: node.parents for node in read_lineage(run)}
     assert {p.role: p.node for p in parents["ppo/model"]}["reference"] is None
+
+
+@pytest.mark.parametrize(("twin", "original"), [("ppo/ema", "reward/model"), ("ppo/model", "sft/model")])
+def test_weights_that_did_not_change_are_no_circle(tmp_path: Path, twin: str, original: str) -> None:
+    run = fake_run(tmp_path)
+    infos = {name: run / name / "run.json" for name in (twin, original)}
+    files = json.loads(infos[original].read_text("utf-8"))["files"]
+    infos[twin].write_text(json.dumps({**json.loads(infos[twin].read_text("utf-8")), "files": files}), "utf-8")
+    nodes = {node.id: node for node in read_lineage(run)}
+    assert {p.role: p.node for p in nodes["ppo/model"].parents}["reward"] == "reward/model"
+    assert lineage_svg(tuple(nodes.values())).count('class="node"') == 11
+    shutil.rmtree(run / original)  # now the twin alone has these weights
+    assert lineage_svg(read_lineage(run)).count('class="node"') >= 10
 
 
 def test_the_lineage_drawing_has_one_box_an_artifact(run: Path) -> None:
