@@ -134,7 +134,7 @@ def test_shaped_answers_equal_the_oracle_row_by_row(model: CausalModel, temperat
 
 def test_ids_that_the_model_does_not_know_are_refused(model: CausalModel) -> None:
     for how in (generate, generate_uncached):
-        with pytest.raises(UserError, match="logit_bias name ids 61"):
+        with pytest.raises(UserError, match="logit_bias and stop_ids name ids 61 to 61"):
             run(how, model, [[5]], SamplingParams(logit_bias=((61, 1.0),)))
 
 
