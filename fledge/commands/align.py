@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fledge.commands.progress import JsonLines, Lines
+from fledge.commands.running import add_run_options, listener_of
 from fledge.errors import ConfigError
 
 
@@ -30,12 +30,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--judge", metavar="RUN[:STAGE]", help="a gold judge, never trained against; stops the run")
     parser.add_argument("--lr", type=float, help="learning rate (default: follows from the width)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
     parser.add_argument("--plan", action="store_true", help="show the plan; run nothing")
     parser.add_argument("--name", help="name of the run (default: MODEL-METHOD)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
     parser.add_argument("--tensorboard", action="store_true", help="write event files as well")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
+    add_run_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         print(json.dumps(to_json(plan_of(order)), indent=None if args.as_json else 2, ensure_ascii=False))
         return 0
-    path = align(order, JsonLines() if args.as_json else Lines())
+    path = align(order, listener_of(args))
     if args.as_json:
         print(json.dumps({"event": "done", "run": str(path), "card": str(path / "card.html")}))
     elif args.method == "reward":

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fledge.commands.making import add_making_arguments, listener_of, show_report
+from fledge.commands.making import add_making_arguments, show_report
+from fledge.commands.running import listener_of
 from fledge.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fledge.commands.progress import JsonLines, Lines
+from fledge.commands.running import listener_of
 from fledge.errors import ConfigError
 from fledge.types import Metrics
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         row_length=args.row_length,
         seed=args.seed,
     )
-    found = measure(resolve_model(args.model, args.runs), order, JsonLines() if args.as_json else Lines())
+    found = measure(resolve_model(args.model, args.runs), order, listener_of(args))
     if args.as_json:
         print(json.dumps({"event": "result", **as_json(found)}))
     else:

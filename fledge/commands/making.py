@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fledge.commands.progress import JsonLines, Lines
+from fledge.commands.running import add_run_options
 
 
 def add_making_arguments(parser: Any) -> None:
@@ -25,13 +25,7 @@ def add_making_arguments(parser: Any) -> None:
         help="ask the model in its chat template, or have it continue texts (default: as it was trained)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
-
-
-def listener_of(args: argparse.Namespace) -> JsonLines | Lines:
-    return JsonLines() if args.as_json else Lines()
+    add_run_options(parser)
 
 
 def show_report(args: argparse.Namespace, report: Mapping[str, Any], files: Mapping[str, Path], next_step: str) -> None:

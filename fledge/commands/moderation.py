@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fledge.commands.progress import JsonLines, Lines
+from fledge.commands.running import add_run_options, listener_of
 from fledge.errors import UserError
 
 DEFAULT_NAME = "moderation"
@@ -21,10 +21,9 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument("--data", type=Path, nargs="+", default=[], metavar="PATH", help="labelled texts of your own")
     train.add_argument("--only-own", action="store_true", help="learn from --data alone")
     train.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    train.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
     train.add_argument("--plan", action="store_true", help="show the plan; run nothing")
     train.add_argument("--name", default=DEFAULT_NAME, help="name of the run (default: %(default)s)")
-    train.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
+    add_run_options(train)
     train.set_defaults(run=run_train)
     card = actions.add_parser("card", help="precision, recall, and what it cannot do")
     card.set_defaults(run=run_card)
@@ -34,7 +33,6 @@ def add_parser(subparsers: Any) -> None:
     check.set_defaults(run=run_check)
     for one in (card, check):
         one.add_argument("--model", metavar="RUN", default=DEFAULT_NAME, help="(default: %(default)s)")
-    for one in (train, card, check):
         one.add_argument("--runs", type=Path, default=Path("runs"), help="where runs live (default: %(default)s)")
 
 
@@ -55,7 +53,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.plan:
         print(json.dumps(to_json(plan_of(order)), indent=None if args.as_json else 2, ensure_ascii=False))
         return 0
-    folder = train_moderation(order, JsonLines() if args.as_json else Lines())
+    folder = train_moderation(order, listener_of(args))
     if args.as_json:
         print(json.dumps({"event": "done", "folder": str(folder), "card": str(folder / "card.md")}))
     else:

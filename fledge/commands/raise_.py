@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fledge.commands.progress import JsonLines, Lines, duration
+from fledge.commands.progress import duration
+from fledge.commands.running import add_run_options, listener_of
 from fledge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +25,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--plan", action="store_true", help="show stages, time, memory and FLOPs; run nothing")
     parser.add_argument("--depth", type=int, help="the one dial: layers; all else follows from it")
     parser.add_argument("--text", type=Path, help="a folder of your own text, code and chats, in any language")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C", help="replace a leaf")
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: runs)")
     parser.add_argument("--tensorboard", action="store_true", help="write event files as well")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="events as JSON lines on standard output")
+    add_run_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
         _print_plan(estimate(plan_of(order)), as_json=args.as_json)
         return 0
-    listener = JsonLines() if args.as_json else Lines()
+    listener = listener_of(args)
     path = raise_model(order, listener)
     if args.as_json:
         print(json.dumps({"event": "done", "run": str(path), "card": str(path / "card.html")}))

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fledge.commands.making import add_making_arguments, listener_of, show_report
+from fledge.commands.making import add_making_arguments, show_report
+from fledge.commands.running import listener_of
 
 
 def add_parser(subparsers: Any) -> None:

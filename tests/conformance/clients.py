@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(names)} (default: all)")
     wanted = parser.parse_args().clients
     if unknown := sorted(set(wanted) - set(names)):
-        parser.error(f"no client is called {unknown[0]}")
+        parser.error(f"no client is called {unknown[0]}; there are {', '.join(names)}")
     cache = Path(os.environ.get("FLEDGE_HOME") or Path.home() / ".cache" / "fledge") / "conformance"
     failures = 0
     with tempfile.TemporaryDirectory() as folder, strangers(Path(folder)) as variables:

@@ -14,30 +14,23 @@ from typing import Any
 from checks import KEY, MODEL, TEXT, URL, run
 
 _ROWS = [{"question": "How is the weather?", "choices": ["sunny", "a fox"], "label": i % 2} for i in range(4)]
-_CHOICE = """task: own_choice
+_TASK = """task: own
 dataset_path: json
 dataset_kwargs: {data_files: {test: rows.jsonl}}
-output_type: multiple_choice
 test_split: test
+"""
+_CHOICE = """output_type: multiple_choice
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: label
 doc_to_choice: choices
 metric_list: [{metric: acc}]
 """
-_ROLLING = """task: own_rolling
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-output_type: loglikelihood_rolling
-test_split: test
+_ROLLING = """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list: [{metric: byte_perplexity}]
 """
-_SPEAKING = """task: own_speaking
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-output_type: generate_until
-test_split: test
+_SPEAKING = """output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "%s"
 generation_kwargs: {until: ["~~"], max_gen_toks: 40, temperature: 0.0}
@@ -54,21 +47,20 @@ def _evaluate(kind: str, path: str, task: str, **options: object) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(HF_HOME=folder, HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
         Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _ROWS), encoding="utf-8")
-        Path(folder, "task.yaml").write_text(task, encoding="utf-8")
+        Path(folder, "task.yaml").write_text(_TASK + task, encoding="utf-8")
         os.chdir(folder)
-        name = task.splitlines()[0].removeprefix("task: ")
         try:
             found = lm_eval.simple_evaluate(
                 kind,
                 model_args=arguments,
-                tasks=[name],
+                tasks=["own"],
                 task_manager=TaskManager(include_path=folder, include_defaults=False),
                 apply_chat_template="chat" in kind,
                 bootstrap_iters=0,
             )
         finally:
             os.chdir(here)
-    return {"samples": found["samples"][name], **found["results"][name]}
+    return {"samples": found["samples"]["own"], **found["results"]["own"]}
 
 
 def _tokens(text: str) -> int:
