@@ -70,7 +70,8 @@ def run_revise(args: argparse.Namespace) -> int:
     report = make_revisions(_maker(args), taken, load(args.constitution), args.out, config, listener_of(args))
     made = args.out / "demonstrations.jsonl"
     then = f"train on them: fledge align sft {args.model} --data {made}"
-    show_report(args, report, {"demonstrations": made, "chains": args.out / "revisions.jsonl"}, then)
+    files = {"demonstrations": made, "chains": args.out / "revisions.jsonl"}
+    show_report(args, report, files, [(report["demonstrations"], then)])
     return 0
 
 
@@ -92,7 +93,7 @@ def run_label(args: argparse.Namespace) -> int:
     )
     made = args.out / "labels.jsonl"
     then = f"learn from them: fledge align dpo {args.model} --data {made}, or fledge align reward"
-    show_report(args, report, {"labels": made}, then)
+    show_report(args, report, {"labels": made}, [(report["labels"], then)])
     return 0
 
 
@@ -113,7 +114,12 @@ def run_rules(args: argparse.Namespace) -> int:
         (judging, answering), taken, load(args.constitution), args.out, (rules, answers), listener_of(args)
     )
     made, ranked = args.out / "labels.jsonl", args.out / "rule_rankings.jsonl"
-    then = f"a rule reward model: fledge align reward {args.model} --data {ranked}; verdicts: fledge align kto"
+    # A ranking wants answers to one prompt that differ under a rule, KTO answers of both kinds.
+    both_kinds = min(report["labels"] - report["labels of broken rules"], report["labels of broken rules"])
+    then = [
+        (report["rankings"], f"a rule reward model: fledge align reward {args.model} --data {ranked}"),
+        (both_kinds, f"learn from the verdicts: fledge align kto {args.model} --data {made}"),
+    ]
     show_report(args, report, {"labels": made, "rankings": ranked}, then)
     return 0
 

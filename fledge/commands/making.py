@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,16 @@ def add_making_arguments(parser: Any) -> None:
     add_run_options(parser)
 
 
-def show_report(args: argparse.Namespace, report: Mapping[str, Any], files: Mapping[str, Path], next_step: str) -> None:
-    """The report as a table, the files it is about, and what to do with them; one JSON object where asked for."""
+def show_report(
+    args: argparse.Namespace,
+    report: Mapping[str, Any],
+    files: Mapping[str, Path],
+    next_steps: Sequence[tuple[int, str]],
+) -> None:
+    """The report as a table, the files it is about, and what to do with them; one JSON object where asked for.
+
+    A next step comes with the number of examples there are for it: where there is none, it is not told.
+    """
     if args.as_json:
         done = {"event": "done", "report": report, "files": {name: str(path) for name, path in files.items()}}
         print(json.dumps(done, ensure_ascii=False))
@@ -43,7 +51,9 @@ def show_report(args: argparse.Namespace, report: Mapping[str, Any], files: Mapp
     for name, path in files.items():
         if path.is_file():
             console.print(f"{name}  {path}", markup=False)
-    console.print(next_step, markup=False)
+    told = [text for examples, text in next_steps if examples > 0]
+    for text in told or ["nothing came of it that a model could learn from; the report says why"]:
+        console.print(text, markup=False)
 
 
 def _lines(name: str, value: Any) -> list[tuple[str, str]]:

@@ -34,5 +34,6 @@ def run(args: argparse.Namespace) -> int:
     report = make_instructions(maker, args.seeds, args.out, config, listener_of(args), skip_bad=args.skip_bad)
     tasks = args.out / "tasks.jsonl"
     then = f"read a sample, then train on them: fledge align sft {args.model} --data {tasks}"
-    show_report(args, report, {"tasks": tasks, "report": args.out / "report.json"}, then)
+    made = report["tasks"]["with instances"]
+    show_report(args, report, {"tasks": tasks, "report": args.out / "report.json"}, [(made, then)])
     return 0

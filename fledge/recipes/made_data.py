@@ -233,6 +233,7 @@ def make_rule_labels(
             "answers of": answering.identity,
             "answers judged": len(answers),
             "labels": written,
+            "labels of broken rules": sum(not one.is_desirable for one in found.labels),
             "rankings": rankings,
             "dropped": {"the model said nothing": len(everything) - len(answers), **unwritable},
             "metrics": found.metrics,

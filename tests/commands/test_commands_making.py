@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from fledge import cli
+from fledge.commands.making import show_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import align_world as world
@@ -58,6 +60,31 @@ def test_revise_label_and_rules_leave_files_and_a_report(
         assert fledge(folder, "constitution", action, "tiny:sft", *prompts, "--out", str(out), *more) == 0
         capsys.readouterr()
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".jsonl"} == before
+
+
+def test_a_next_step_is_told_only_where_there_is_something_to_learn_from(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = {"prompt": "do you like tea?", "completion": "yes i do", "label": True}
+    one = world.write_rows(tmp_path / "one.jsonl", [answered])
+    small = ("--rules", "on-topic", "--answer-tokens", "4")
+    judged = ("constitution", "rules", "tiny:sft", "--prompts", str(one), "--out", str(tmp_path / "rules"), *small)
+    assert fledge(folder, *judged) == 0
+    said = capsys.readouterr().out
+    assert "nothing came of it" in said, "one verdict is no ranking, and KTO wants both kinds"
+    assert "fledge align" not in said
+    pairs = ("--prompts", str(folder / "pairs.jsonl"), "--limit", "2")
+    assert fledge(folder, "constitution", "label", "tiny:sft", *pairs, "--out", str(tmp_path / "labels")) == 0
+    said = capsys.readouterr().out
+    assert f"fledge align dpo tiny:sft --data {tmp_path / 'labels' / 'labels.jsonl'}" in said
+    assert "nothing came of it" not in said
+
+
+def test_of_several_next_steps_those_without_examples_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    show_report(Namespace(as_json=False), {"rankings": 0}, {}, [(0, "learn from rankings"), (3, "learn from verdicts")])
+    said = capsys.readouterr().out
+    assert "learn from verdicts" in said
+    assert "learn from rankings" not in said
 
 
 def test_agreement_reads_labels_of_people_and_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
