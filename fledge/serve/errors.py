@@ -114,6 +114,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
     first = complaints[0]["loc"][:2]
     found = max((c for c in complaints if c["loc"][:2] == first), key=lambda c: len(c["loc"]))
     param, kind = place_of(found["loc"]), found["type"]
+    if param is None and kind != "json_invalid":
+        return refused(f"The request needs a body, a JSON object: {found['msg']}", None, "invalid_value")
     if kind == "extra_forbidden":
         return refused(f"Unrecognized request argument supplied: {param}", param, "unknown_parameter")
     if kind == "missing":

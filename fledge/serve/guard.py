@@ -25,7 +25,12 @@ from fledge.serve.metrics import Metrics
 log = logging.getLogger("fledge.access")
 
 API_VERSION = "2020-10-01"  # what the published API says in `openai-version`
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Possessive and without a need for the closing quote: one that never matched would be tried from each of its quotes,
+# which takes quadratic time.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_UPLOAD = "/v1/files"  # the only path that reads a form
+# What a method is counted as; others would be names without number, made up by whoever asks.
+_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 _NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 _THREAD_BYTES = 1 << 16  # a larger body is looked through in a thread
 
@@ -98,7 +103,7 @@ class Guard:
         """What is wrong with the body as a whole, if anything, and where it is to be read from."""
         headers = dict(scope["headers"])
         kind = headers.get(b"content-type", b"").lower()
-        is_upload = kind.startswith(b"multipart/")
+        is_upload = kind.startswith(b"multipart/") and scope["path"] == _UPLOAD
         most = self._limits.max_upload_bytes if is_upload else self._limits.max_json_bytes
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15 or int(length) > most:
@@ -118,7 +123,8 @@ class Guard:
         route = getattr(scope.get("route"), "path", "unknown")
         seconds = time.perf_counter() - visit.began
         status = visit.status or 499  # nothing was sent: the client went away
-        self._metrics.http(scope["method"], route, status, seconds)
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.http(method, route, status, seconds)
         principal = scope["state"].get("principal")
         line = {"request": visit.request_id, "method": scope["method"], "route": route, "status": status}
         line |= {"ms": round(seconds * 1000, 1), "owner": getattr(principal, "owner", None)}

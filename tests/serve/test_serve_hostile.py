@@ -286,3 +286,22 @@ async def test_our_document_says_which_answers_may_be_streams(server: Server) ->
                 assert answer.headers["content-type"].startswith("text/event-stream"), path
             answers = server.app.openapi()["paths"][path][method]["responses"]["200"]["content"]
             assert "text/event-stream" in answers
+
+
+async def test_19_a_form_is_read_only_where_one_is_uploaded(server: Server) -> None:
+    """Elsewhere it is held in memory like JSON, and may be no larger."""
+    large = b"x" * (17 << 20)
+    async with server.client() as client:
+        for path in (CHAT, "/v1/batches"):
+            answer = await client.post(path, content=large, headers={"content-type": "multipart/form-data; boundary=x"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_methods_that_nobody_knows_are_counted_as_one(server: Server) -> None:
+    """Each would have a counter of its own, for ever, and no key is needed to make them up."""
+    async with server.client() as client:
+        for number in range(3):
+            assert (await client.request(f"MADEUP{number}", "/v1/models")).status_code == 405
+    text = server.state.metrics.text().decode()
+    assert 'method="other"' in text
+    assert "MADEUP" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx2
@@ -222,6 +223,13 @@ async def test_19_depth_and_size_are_bounded(server: Server) -> None:
 def test_brackets_in_strings_do_not_count() -> None:
     assert nesting(b'{"a": "' + b"[" * 5000 + b'\\"["}') <= 16
     assert nesting(b"[" * 40 + b"]" * 40 + b"[" * 30) == 40
+
+
+@pytest.mark.parametrize("end", [b"", b"\\", b'"'])
+def test_19_a_string_that_never_ends_is_looked_through_once(end: bytes) -> None:
+    began = time.process_time()
+    assert nesting(b"[" * 20 + b'"' + b'\\"' * 200_000 + end) == 20
+    assert time.process_time() - began < 1, "the time grows with the square of the length"
 
 
 def test_the_server_is_bounded_by_default() -> None:
