@@ -131,7 +131,7 @@ async def resume(request: Request, fine_tuning_job_id: str, principal: Owner) ->
 
 
 async def _ask(request: Request, job_id: str, principal: Principal, what: str) -> Response:
-    """The job after what was asked of it; 400 for one that has ended."""
+    """The job after what was asked of it; 400 for one that has ended, or is about to by its owner's wish."""
     state = state_of(request)
     row = await _find(state, principal, job_id)
     for when, changes in _CHANGES[what]:
@@ -142,6 +142,8 @@ async def _ask(request: Request, job_id: str, principal: Principal, what: str) -
     row = await _find(state, principal, job_id)
     if row.status in tuning.ENDED:
         raise refused(f"The job has {row.status} already", "fine_tuning_job_id", "invalid_job_status")
+    if row.wanted == "cancel" and what != "cancel":
+        raise refused("The job is being cancelled", "fine_tuning_job_id", "invalid_job_status")
     return json_response(show_job(row))
 
 
@@ -149,7 +151,7 @@ async def _ask(request: Request, job_id: str, principal: Principal, what: str) -
 _CHANGES: dict[str, tuple[tuple[tuple[str, ...], dict[str, Any]], ...]] = {
     "cancel": ((tuning.WAITING, {"status": "cancelled"}), (("running",), {"wanted": "cancel"})),
     "pause": ((("validating_files", "queued"), {"status": "paused"}), (("running",), {"wanted": "pause"})),
-    "resume": ((("paused",), {"status": "validating_files"}), (("running",), {"wanted": None})),
+    "resume": ((("paused",), {"status": "validating_files"}), (("running", "queued"), {"wanted": None})),
 }
 _TOLD = {"cancel": "Cancellation requested", "pause": "Pause requested", "resume": "Resume requested"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import and_, or_, select, true, update
 
 from fledge.store.database import Database
 from fledge.store.owned import find_row, is_own
@@ -48,13 +48,16 @@ async def ask_of_job(
     status: str | None = None,
     wanted: Literal["cancel", "pause"] | None = None,
 ) -> TuningJobRow | None:
-    """Set the status at once, or what the worker is to do, if the job's status is one of `when`; else None."""
+    """Set the status at once, or what the worker is to do, if the job's status is one of `when`; else None. A job
+    whose end has been asked for can be asked nothing else."""
     changes: dict[str, Any] = {"wanted": wanted}
     if status is not None:
         changes |= {"status": status, "finished_at": now() if status in ENDED else None}
+    is_end = wanted == "cancel" or status == "cancelled"
+    is_free = true() if is_end else or_(TuningJobRow.wanted.is_(None), TuningJobRow.wanted != "cancel")
     changed = (
         update(TuningJobRow)
-        .where(is_own(TuningJobRow, owner, job_id), TuningJobRow.status.in_(when))
+        .where(is_own(TuningJobRow, owner, job_id), TuningJobRow.status.in_(when), is_free)
         .values(**changes)
         .returning(TuningJobRow)
     )

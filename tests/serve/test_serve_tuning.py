@@ -126,6 +126,31 @@ async def test_a_running_job_is_asked_and_obeys_later(client: httpx2.AsyncClient
     assert await tuning.look_at_job(database, job, "w") == (True, "cancel")
 
 
+async def test_a_job_that_is_to_be_cancelled_is_not_called_back(client: httpx2.AsyncClient, server: Server) -> None:
+    database = server.state.database
+    job = (await begin(client))["id"]
+    await tuning.settle_check(database, job, None)
+    await tuning.lease_job(database, "w")
+    await client.post(f"{JOBS}/{job}/cancel")
+    for what in ("pause", "resume"):
+        answer = await client.post(f"{JOBS}/{job}/{what}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_job_status")
+    assert (await client.post(f"{JOBS}/{job}/cancel")).status_code == 200
+    assert await tuning.look_at_job(database, job, "w") == (True, "cancel")
+
+
+async def test_a_pause_that_its_dead_worker_never_saw_is_taken_back(client: httpx2.AsyncClient, server: Server) -> None:
+    database = server.state.database
+    job = (await begin(client))["id"]
+    await tuning.settle_check(database, job, None)
+    await tuning.lease_job(database, "w")
+    await client.post(f"{JOBS}/{job}/pause")
+    await tuning.release_jobs(database, "w")
+    assert not (await client.post(f"{JOBS}/{job}/resume")).json()["paused"]
+    await tuning.lease_job(database, "v")
+    assert await tuning.look_at_job(database, job, "v") == (True, None)
+
+
 async def test_checkpoints_answer_under_their_names_and_are_shared_by_permission(
     client: httpx2.AsyncClient, server: Server
 ) -> None:
