@@ -19,7 +19,7 @@ from fledge.serve.chat_wire import ModerationWish
 from fledge.serve.errors import refused
 from fledge.serve.generation import Generation
 from fledge.serve.moderation import COMMAND, Moderator
-from fledge.serve.moderations import show_verdict
+from fledge.serve.moderations import require_moderator, show_verdict
 from fledge.serve.state import State
 from fledge.types import Conversation, Request, TokenEvent
 
@@ -46,9 +46,12 @@ class Guarding:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        if self.wish is not None and self.state.moderator is None:
+        if self.wish is None:
+            return
+        if self.state.moderator is None:
             message = f"'moderation' needs a moderation model; the operator makes one with `{COMMAND}`"
             raise refused(message, "moderation", "unsupported_parameter")
+        require_moderator(self.state.moderator, self.wish.model, "moderation.model")
 
     def mode(self, side: Side) -> Mode:
         """The stricter of what the server does and what the request wants; asking for it at all asks for scores."""

@@ -16,7 +16,7 @@ from fledge.safety.categories import MINORS, NAMES
 from fledge.safety.classifier import Verdict
 from fledge.serve.auth import Principal, needs
 from fledge.serve.errors import ApiError, refused
-from fledge.serve.moderation import no_moderation
+from fledge.serve.moderation import Moderator, no_moderation
 from fledge.serve.sse import json_response
 from fledge.serve.state import state_of
 from fledge.serve.wire import Answer, FieldRule, Wire, obey
@@ -79,15 +79,21 @@ async def create(
     moderator = state_of(request).moderator
     if moderator is None:
         raise no_moderation()
-    if body.model is not None and body.model not in (moderator.name, *PUBLISHED_NAMES):
-        message = f"'{body.model[:200]}' is no moderation model; this server's is '{moderator.name}'"
-        raise ApiError(404, message, param="model", code="model_not_found", kind="invalid_request_error")
+    if body.model is not None:
+        require_moderator(moderator, body.model, "model")
     texts = _texts(body)
     principal.budgets.charge("tokens", await moderator.num_tokens(texts))
     request.state.notes.update(principal.budgets.headers())
     verdicts = await moderator.judge(texts)
     results = [show_verdict(verdict) for verdict in verdicts]
     return json_response({"id": new_id("modr-"), "model": moderator.name, "results": results})
+
+
+def require_moderator(moderator: Moderator, name: str, place: str) -> None:
+    """404 for a name that is neither the moderation model's own nor a published one."""
+    if name not in (moderator.name, *PUBLISHED_NAMES):
+        message = f"'{name[:200]}' is no moderation model; this server's is '{moderator.name}'"
+        raise ApiError(404, message, param=place, code="model_not_found", kind="invalid_request_error")
 
 
 def _texts(body: ModerationRequest) -> list[str]:

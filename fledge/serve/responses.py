@@ -33,6 +33,7 @@ from fledge.serve.responses_input import (
 )
 from fledge.serve.responses_wire import (
     COUNT_FIELDS,
+    LOGPROBS,
     RESPONSE_FIELDS,
     CountRequest,
     ResponseObject,
@@ -51,12 +52,11 @@ from fledge.types import TokenEvent
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 
 User = Annotated[Principal, Depends(needs("generate"))]
-_LOGPROBS = "message.output_text.logprobs"
 
 
 @router.post("", responses={200: {"model": ResponseObject}})
 async def create(request: Request, body: ResponseRequest, principal: User, is_kept: Keep = False) -> Response:
-    request.state.notes.update(obey(RESPONSE_FIELDS, body))
+    request.state.notes.update(obey(RESPONSE_FIELDS, body, body.inert_parts))
     if body.background and body.store is False:
         raise refused("a response in the background must be stored", "background", "invalid_value")
     state = state_of(request)
@@ -81,7 +81,7 @@ async def create(request: Request, body: ResponseRequest, principal: User, is_ke
 @router.post("/input_tokens")
 async def count_tokens(request: Request, body: CountRequest, principal: User) -> Response:
     """How many tokens the model would read."""
-    request.state.notes.update(obey(COUNT_FIELDS, body))
+    request.state.notes.update(obey(COUNT_FIELDS, body, body.inert_parts))
     state = state_of(request)
     before = await items_before(state.database, principal.owner, body)
     own = await own_items(state.database, principal.owner, body)
@@ -178,7 +178,7 @@ class Answering:
 
     @property
     def _wants_logprobs(self) -> bool:
-        return _LOGPROBS in (self.request.include or ())
+        return LOGPROBS in (self.request.include or ())
 
     def body(self, status: str, error: ApiError | None = None) -> dict[str, Any]:
         """The response as it stands."""

@@ -12,6 +12,8 @@ from pydantic import ConfigDict, Field, StringConstraints
 from fledge.serve.chat_wire import ModerationWish, Sampling, TokenCount
 from fledge.serve.wire import Answer, FieldRule, IncludeName, Metadata, Name, Wire
 
+LOGPROBS = "message.output_text.logprobs"  # what of `include` there is
+
 
 class InputPart(Wire):
     """A part of a message; what is no text is known by its name and refused."""
@@ -95,6 +97,11 @@ class ResponseContext(EarlierContext):
     reasoning: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
+    @property
+    def inert_parts(self) -> list[str]:
+        """Parts of honoured fields that are without effect here."""
+        return ["text.verbosity"] if self.text is not None and self.text.verbosity is not None else []
+
 
 class CountRequest(ResponseContext):
     personality: str | None = None
@@ -123,6 +130,11 @@ class ResponseRequest(ResponseContext):
     service_tier: str | None = None
     safety_identifier: Annotated[str, StringConstraints(max_length=64)] | None = None
     user: str | None = None
+
+    @property
+    def inert_parts(self) -> list[str]:
+        idle = [f"include.{name}" for name in dict.fromkeys(self.include or ()) if name != LOGPROBS]
+        return [*super().inert_parts, *idle]
 
     def sampling(self, model: str) -> Sampling:
         return Sampling(model=model, temperature=self.temperature, top_p=self.top_p)
@@ -154,7 +166,7 @@ CONTEXT_FIELDS = (
     FieldRule("tools", "honoured", "functions; built-in tools are refused by name"),
     FieldRule("tool_choice", "honoured", "enforced while the answer is drawn"),
     FieldRule("parallel_tool_calls", "honoured", ""),
-    FieldRule("text", "honoured", "the format is enforced; `verbosity` has no effect"),
+    FieldRule("text", "honoured", "the format is enforced; `verbosity` is inert"),
     FieldRule("reasoning", "inert", "the models here were not taught to reason apart from the answer"),
     FieldRule("truncation", "honoured", "`auto` drops the oldest messages that are not the system's"),
 )
@@ -174,7 +186,7 @@ RESPONSE_FIELDS = (
     FieldRule("max_output_tokens", "honoured", "without it, what the context leaves"),
     FieldRule("max_tool_calls", "inert", "counts built-in tools, of which there are none"),
     FieldRule("metadata", "honoured", ""),
-    FieldRule("include", "honoured", "log-probabilities; the rest belongs to tools that there are none of"),
+    FieldRule("include", "honoured", "log-probabilities; what belongs to tools that there are none of is inert"),
     FieldRule("prompt", "refused", "there are no stored prompts; send the text"),
     FieldRule(
         "moderation", "honoured", "by the server's moderation model, if it has one; `block` ends what is flagged"

@@ -242,12 +242,19 @@ async def test_a_request_may_ask_for_scores(client: httpx2.AsyncClient, server: 
     assert response["moderation"]["output"]["categories"]["violence"] is True
 
 
+async def test_a_request_may_not_ask_for_a_moderation_model_that_is_not_there(client: httpx2.AsyncClient) -> None:
+    for path, body in ((CHAT, hello()), (RESPONSES, {"input": "hello"})):
+        answer = await client.post(path, json={**body, "moderation": {"model": "no-such-model"}})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert answer.json()["error"]["param"] == "moderation.model"
+
+
 async def test_a_request_may_ask_for_blocking_and_never_for_less(guarded: Server, server: Server) -> None:
-    policy = {"model": "x", "policy": {"input": {"mode": "block"}}}
+    policy = {"model": "words", "policy": {"input": {"mode": "block"}}}
     async with server.client() as client:
         answer = (await client.post(CHAT, json=hello("hateful", moderation=policy))).json()
         assert answer["choices"][0]["finish_reason"] == "content_filter"
-    lenient = {"model": "x", "policy": {"input": {"mode": "score"}, "output": {"mode": "score"}}}
+    lenient = {"model": "words", "policy": {"input": {"mode": "score"}, "output": {"mode": "score"}}}
     async with guarded.client() as client:
         answer = (await client.post(CHAT, json=hello("hateful", moderation=lenient))).json()
         assert answer["choices"][0]["finish_reason"] == "content_filter"

@@ -302,3 +302,20 @@ async def test_huge_numbers_in_a_schema_do_no_harm(client: httpx2.AsyncClient) -
     parameters = {"type": "object", "properties": {"a": {"const": 10**40}}}
     answer = await client.post(PATH, json={"input": "x", "tools": [{**ADD, "parameters": parameters}]})
     assert answer.status_code in (200, 400), answer.text
+
+
+async def test_parts_of_fields_that_are_without_effect_are_named_in_the_header(client: httpx2.AsyncClient) -> None:
+    asked = {"model": "fake", "input": "Hi", "text": {"verbosity": "low"}}
+    counted = await client.post(f"{PATH}/input_tokens", json=asked)
+    assert counted.headers["x-fledge-inert"] == "text.verbosity"
+    names = ["reasoning.encrypted_content", "message.output_text.logprobs"]
+    answer = await client.post(PATH, json={**asked, "include": names, "user": "x"})
+    assert answer.headers["x-fledge-inert"] == "text.verbosity, include.reasoning.encrypted_content, user"
+
+
+async def test_a_body_that_is_no_object_is_told_of_in_words(client: httpx2.AsyncClient) -> None:
+    for content in ("[]", "", "3", "null"):
+        answer = await client.post(PATH, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert "body" in answer.json()["error"]["message"]
+        assert "None" not in answer.json()["error"]["message"]
