@@ -72,7 +72,7 @@ async def _embed(state: State, principal: Principal, body: EmbeddingRequest, req
         principal.budgets.charge("tokens", num_tokens)
         request.state.notes.update(principal.budgets.headers())
         vectors = _cut(await model.engine.embed(rows), body.dimensions)
-    state.metrics.generation(body.model, Usage(prompt=num_tokens), time.perf_counter() - began)
+    state.metrics.generation(model.label, Usage(prompt=num_tokens), time.perf_counter() - began)
     data = [
         {"object": "embedding", "index": i, "embedding": _spell(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)

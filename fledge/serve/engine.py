@@ -53,10 +53,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is loaded. `context` is how many positions a sequence of it may have, None without a limit.
+    """A model that is loaded, under its own name, not an alias of it.
 
-    `style` is how it writes calls; `fim_ids` are the tokens by which it was taught to fill in, None if it was not.
-    `fingerprint` names its weights.
+    `context` is how many positions a sequence of it may have, None without a limit. `style` is how it writes calls;
+    `fim_ids` are the tokens by which it was taught to fill in, None if it was not. `fingerprint` names its weights.
     """
 
     name: str
@@ -71,6 +71,11 @@ class ServedModel:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.renderer.tokenizer
+
+    @property
+    def label(self) -> str:
+        """What it is counted as, whichever of its names was asked for."""
+        return self.adapter or self.name
 
 
 class ProcessEngine:

@@ -117,17 +117,17 @@ class Generation:
                     is_first = False
                     yield event
         finally:
-            self.state.metrics.generation(self.name, own, time.perf_counter() - began)
+            self.state.metrics.generation(self.model.label, own, time.perf_counter() - began)
 
     def _count(self, own: Usage, event: TokenEvent, began: float | None) -> None:
         """`began` is when the request was sent, given with its first event."""
         if began is not None:
-            self.state.metrics.first_token(self.name, time.perf_counter() - began)
+            self.state.metrics.first_token(self.model.label, time.perf_counter() - began)
         for usage in (own, self.usage):
             usage.completion += event.id >= 0
             usage.cached += event.num_cached
         if event.finish_reason is not None:
-            self.state.metrics.finished(self.name, event.finish_reason)
+            self.state.metrics.finished(self.model.label, event.finish_reason)
         if event.finish_reason == "error":
             raise ApiError(500, "The model's prediction is not a number; its weights are damaged")
 

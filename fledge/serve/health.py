@@ -26,9 +26,10 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request, _: Annotated[Principal, Depends(needs("metrics"))]) -> Response:
     state = state_of(request)
+    state.metrics.forget_engines()
     for model in state.hub.loaded():
         try:
             state.metrics.engine(model.name, await model.engine.stats())
         except EngineError:
-            continue  # it is being started again; its last figures stand
+            continue  # it is being started again and has no figures
     return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -114,13 +114,13 @@ class Hub:
 
     async def path_of(self, owner: str, name: str) -> Path:
         """The checkpoint that a name leads to; 400 if there is more to the model, an adapter."""
-        path, adapted = await self._resolve(owner, name)
+        path, _, adapted = await self._resolve(owner, name)
         if adapted is not None:
             raise refused(f"The model '{name[:200]}' is '{adapted.target}' with an adapter: name that one", "model")
         return path
 
-    async def _resolve(self, owner: str, name: str) -> tuple[Path, ModelEntry | None]:
-        """The checkpoint that a name leads to, and the entry on the way there that adds an adapter."""
+    async def _resolve(self, owner: str, name: str) -> tuple[Path, str, ModelEntry | None]:
+        """The checkpoint that a name leads to, its own name, and the entry on the way there that adds an adapter."""
         entry, adapted = await self.find(owner, name), None
         for _ in range(_MAX_ALIASES):
             if entry.target is None:
@@ -129,15 +129,15 @@ class Hub:
             entry = await self.find(owner, entry.target)
         if entry.path is None:
             raise ApiError(500, f"The model '{name[:200]}' is an alias that leads nowhere", code="internal_error")
-        return entry.path, adapted
+        return entry.path, entry.name, adapted
 
     @asynccontextmanager
     async def use(self, owner: str, name: str) -> AsyncIterator[ServedModel]:
         """The model, loaded, which stays so within this block. 404, 400 for a damaged one, 503 if memory is short."""
-        path, adapted = await self._resolve(owner, name)
+        path, own_name, adapted = await self._resolve(owner, name)
         held = self._held.get(path)
         if held is None or (held.task.done() and not _is_loaded(held)):
-            held = await self._begin(path)
+            held = await self._begin(path, own_name)
         held.num_users += 1
         self._num_uses += 1
         held.used_at = self._num_uses
@@ -157,7 +157,7 @@ class Hub:
         for one in held:
             await _put_away(one)
 
-    async def _begin(self, path: Path) -> _Held:
+    async def _begin(self, path: Path, name: str) -> _Held:
         """Start loading. Nothing is awaited between the look at what is held and the new entry in it."""
         size = await asyncio.to_thread(self._loader.size, path)
         held = self._held.get(path)
@@ -167,7 +167,7 @@ class Hub:
         for old in going:
             log.info("%s is put away", old)
         gone = [self._held.pop(old) for old in going]
-        begun = _Held(size, asyncio.create_task(self._load(path, gone)))
+        begun = _Held(size, asyncio.create_task(self._load(path, name, gone)))
         self._held[path] = begun
         return begun
 
@@ -185,12 +185,12 @@ class Hub:
         except (UserError, EngineError) as error:
             raise _unavailable(entry.adapter, error) from error
 
-    async def _load(self, path: Path, gone: Sequence[_Held]) -> ServedModel:
+    async def _load(self, path: Path, name: str, gone: Sequence[_Held]) -> ServedModel:
         for old in gone:
             await _put_away(old)
         log.info("loading %s", path)
         try:
-            return await self._loader.load(str(path), path)
+            return await self._loader.load(name, path)
         except (UserError, EngineError) as error:
             raise _unavailable(path, error) from error
 

@@ -65,6 +65,11 @@ class Metrics:
         used = total - float(figures.get("num_free_blocks", total))
         self._usage.labels(model).set(used / total if total else 0.0)
 
+    def forget_engines(self) -> None:
+        """A model that was put away leaves no figures behind; those that are there are asked again."""
+        for gauge in (self._running, self._waiting, self._usage):
+            gauge.clear()
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
 

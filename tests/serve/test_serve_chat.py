@@ -304,6 +304,20 @@ async def test_a_stored_completion_is_found_labelled_and_deleted_once(client: ht
     assert (await client.delete(place)).status_code == 404
 
 
+async def test_metadata_in_chinese_is_searched_for_like_any_other(client: httpx2.AsyncClient) -> None:
+    made = (await ask(client, store=True, metadata={"项目": "茶", "e\u0301": "雨"})).json()
+    await ask(client, store=True, metadata={"项目": "雨"})
+    for wanted in ({"metadata[项目]": "茶"}, {"metadata[e\u0301]": "雨"}):
+        assert [one["id"] for one in (await client.get(CHAT, params=wanted)).json()["data"]] == [made["id"]]
+    half = await client.post(
+        CHAT,
+        content=b'{"model": "fake", "store": true, "metadata": {"a": "\\ud800"}, '
+        b'"messages": [{"role": "user", "content": "x"}]}',
+        headers={"content-type": "application/json"},
+    )
+    assert half.status_code < 500, half.text
+
+
 async def test_nothing_is_stored_unless_asked(client: httpx2.AsyncClient) -> None:
     await ask(client)
     await ask(client, store=False)

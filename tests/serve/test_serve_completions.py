@@ -220,6 +220,23 @@ async def test_models_are_loaded_on_demand_and_make_room(server: Server) -> None
     await hub.close()
 
 
+async def test_a_model_is_counted_by_its_own_name_whatever_it_is_asked_for_by(server: Server) -> None:
+    """Not by its path, which is nobody's matter, nor by an alias in one place and its own name in another."""
+    own = [ModelEntry("mine", 0, "fledge", path=Path("folder/x")), ModelEntry("gpt", 0, "fledge", target="mine")]
+    server.state.hub._own = {**server.state.hub._own, **{entry.name: entry for entry in own}}
+    async with server.client() as client:
+        assert (await client.post("/v1/completions", json={"model": "gpt", "prompt": "a"})).status_code == 200
+        assert (await client.post("/v1/embeddings", json={"model": "gpt", "input": "a"})).status_code == 200
+        text = (await client.get("/metrics")).text
+    assert 'vllm:num_requests_running{model_name="mine"}' in text
+    assert 'vllm:generation_tokens_total{model_name="mine"}' in text
+    assert "folder" not in text
+    assert '"gpt"' not in text
+    await server.state.hub.close()
+    async with server.client() as client:
+        assert "vllm:num_requests_running{" not in (await client.get("/metrics")).text
+
+
 async def test_adapters_are_models_over_one_that_is_loaded_once(server: Server) -> None:
     loader = server.loader
     own = [
