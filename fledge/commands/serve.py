@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import ipaddress
 import logging
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +21,7 @@ from fledge.commands.serving import database_url, moderation_folder, server_fold
 from fledge.errors import UserError
 from fledge.infer.engine import CacheType
 from fledge.recipes.runs import resolve_model
+from fledge.safety.classifier import checked_thresholds
 from fledge.safety.guard import GuardConfig
 from fledge.serve.app import make_app, make_state
 from fledge.serve.hub import ModelEntry
@@ -141,6 +144,7 @@ async def _serve(args: argparse.Namespace, entries: Sequence[ModelEntry], loader
     database = Database(database_url())
     await database.open()
     try:
+        listener = bound(args.host, args.port)
         await _first_key(database, args.host)
         max_bytes = None if args.memory_mb is None else args.memory_mb << 20
         blobs = Blobs(server_folder() / "blobs")
@@ -148,7 +152,7 @@ async def _serve(args: argparse.Namespace, entries: Sequence[ModelEntry], loader
         config = ServerConfig(guard=guard)
         state = make_state(config, database, blobs, loader, entries, max_bytes, moderator)
         async with _worker(args, database):
-            await _listen(state, args.host, args.port)
+            await _listen(state, args.host, listener)
     finally:
         await database.close()
     return 0
@@ -162,12 +166,12 @@ def moderation_of(args: argparse.Namespace, loader: ProcessLoader) -> tuple[Guar
         output="block" if wanted in ("output", "both") else "off",
     )
     folder = moderation_folder(args.moderation or "moderation", args.runs)
+    thresholds = checked_thresholds(dict(_threshold(text) for text in args.threshold))
     if folder is None:
-        if args.moderation is not None or wanted != "none":
+        if args.moderation is not None or wanted != "none" or thresholds:
             name = args.moderation or "moderation"
             raise UserError(f"no moderation model '{name}' in {args.runs}; make one: fledge moderation train RUN")
         return guard, None
-    thresholds = dict(_threshold(text) for text in args.threshold)
     moderator = open_moderator(folder, thresholds=thresholds, device=loader.device, num_threads=loader.num_threads)
     return guard, moderator
 
@@ -199,11 +203,28 @@ async def _worker(args: argparse.Namespace, database: Database) -> AsyncIterator
             await task
 
 
-async def _listen(state: State, host: str, port: int) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, for which nothing has been loaded yet; `UserError` if it cannot be had."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: expected 1 to 65535, or 0 for any that is free")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with ExitStack() as stack:
+            found = stack.enter_context(socket.socket(family, kind))
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            stack.pop_all()
+    except UnicodeError as error:
+        raise UserError(f"--host {host[:80]}: no name of a machine") from error
+    except OSError as error:
+        remedy = "end what listens there, or name another --port" if error.errno == errno.EADDRINUSE else "see --host"
+        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}; {remedy}") from error
+    return found
+
+
+async def _listen(state: State, host: str, listener: socket.socket) -> None:
     config = uvicorn.Config(
         make_app(state),
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,  # guard.py writes its own
         server_header=False,
@@ -212,10 +233,11 @@ async def _listen(state: State, host: str, port: int) -> None:
     server = uvicorn.Server(config)
     if state.hub.default is not None:
         await state.hub.warm(state.hub.default)
-    print(f"fledge serves on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"fledge serves on http://{shown}:{listener.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)
     # uvicorn raises the signal that ended it once more when all is drained; there is still something to close then.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    await server.serve()
+    await server.serve(sockets=[listener])
 
 
 async def _first_key(database: Database, host: str) -> None:

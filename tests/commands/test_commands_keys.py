@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from fledge.cli import main
-from fledge.commands.serve import _first_key, model_entries
+from fledge.commands.serve import _first_key, bound, model_entries, moderation_of
 from fledge.commands.serving import database_url
 from fledge.errors import UserError
+from fledge.serve.loading import ProcessLoader
 from fledge.store.database import Database
 from fledge.store.keys import find_key, list_keys
 
@@ -77,3 +80,29 @@ def test_models_and_aliases_have_names_of_their_own(tmp_path: Path) -> None:
     for names, aliases in (([model], ["x"]), ([model], ["x=y"]), ([model, model], []), (["nope"], [])):
         with pytest.raises(UserError):
             model_entries(names, aliases, tmp_path)
+
+
+@pytest.mark.parametrize("option", ["hate=0.5", "hat=0.5", "hate=nan", "hate=2", "hate"])
+def test_a_threshold_without_a_model_or_a_meaning_is_refused(tmp_path: Path, option: str) -> None:
+    args = Namespace(moderation=None, moderate=None, runs=tmp_path, threshold=[option])
+    with pytest.raises(UserError) as caught:
+        moderation_of(args, ProcessLoader())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_address_that_cannot_be_had_is_refused_before_anything_is_loaded() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        for host, port, told in (
+            ("127.0.0.1", taken, "another --port"),
+            ("127.0.0.1", 70_000, "65535"),
+            ("no-such-machine.invalid", 0, "--host"),
+            ("a" * 300, 0, "--host"),
+        ):
+            with pytest.raises(UserError, match=told) as caught:
+                bound(host, port)
+            assert "\n" not in str(caught.value)
+    with bound("127.0.0.1", 0) as found:
+        assert found.getsockname()[1] > 0
