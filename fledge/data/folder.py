@@ -18,7 +18,7 @@ from fledge.data import jsonl, parquet
 from fledge.data.cutting import cut_prose, cut_python
 from fledge.data.filters import select
 from fledge.data.jsonl import USER_LICENCE
-from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, open_binary, shown, text_blocks
+from fledge.data.reading import BLOCK_BYTES, Drops, Example, Split, cannot_read, open_binary, shown, text_blocks
 from fledge.errors import DataError
 from fledge.types import ChatExample, Conversation, Message, Provenance, Role, TextExample
 
@@ -35,6 +35,8 @@ CODE_SUFFIXES = _suffixes(
 RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
 TEXT_NAMES = frozenset({"readme", "license", "licence", "copying", "makefile", "dockerfile", "changelog", "authors"})
 LEFT_OUT_FOLDERS = frozenset({"__pycache__", "node_modules", "venv", "build", "dist", "target"})
+# What a run and a model of ours are known by: `--text .` must not read what it has just written.
+OURS = (frozenset({"plan.json", ".lock"}), frozenset({"run.json", "model.safetensors"}))
 
 _SPEAKERS: dict[str, Role] = {
     "system": "system",
@@ -83,7 +85,7 @@ def path_examples(
     if not path.is_dir():
         yield from _required(_file_examples(path, path.name, source, bad), f"{path} is empty: expected text")
         return
-    usable = (file for file in _files(path, drops) if _is_wanted(file, drops) and only in (None, content_of(file)))
+    usable = (file for file in _wanted(path, drops, bad) if only in (None, content_of(file)))
     found = chain.from_iterable(
         _counted(file, _file_examples(file, file.relative_to(path).as_posix(), source, bad), drops, bad)
         for file in usable
@@ -98,17 +100,18 @@ def content_of(file: Path) -> Content:
 
 def contents(path: Path) -> frozenset[Content]:
     """What the files hold that `path_examples` would read."""
-    drops = Drops()
-    files = [path] if path.is_file() else (file for file in _files(path, drops) if _is_wanted(file, drops))
-    return frozenset(map(content_of, files))
+    return frozenset(map(content_of, _read_files(path)))
+
+
+def num_bytes(path: Path) -> int:
+    """The size of all files that `path_examples` would read."""
+    return sum(file.stat().st_size for file in _read_files(path))
 
 
 def content_hash(path: Path) -> str:
     """The sha256 of the names and contents of all files that `path_examples` would read."""
-    drops = Drops()
-    files = [path] if path.is_file() else [file for file in _files(path, drops) if _is_wanted(file, drops)]
     digest = hashlib.sha256()
-    for file in files:
+    for file in _read_files(path):
         with open_binary(file) as content:
             digest.update(f"{file.relative_to(path).as_posix()}\n".encode("utf-8", "surrogateescape"))
             digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -124,16 +127,38 @@ def _required(examples: Iterator[Example], complaint: str, drops: Drops | None =
     yield from examples
 
 
-def _files(root: Path, drops: Drops) -> Iterator[Path]:
-    """All files below `root`, sorted; each folder is entered once, so links in a circle end."""
+def _read_files(path: Path) -> Iterator[Path]:
+    """The files that `path_examples` would read."""
+    return iter([path]) if path.is_file() else _wanted(path, Drops(), None)
+
+
+def _wanted(root: Path, drops: Drops, bad: Drops | None) -> Iterator[Path]:
+    return (file for file in _files(root, drops, bad) if _is_wanted(file, drops))
+
+
+def _files(root: Path, drops: Drops, bad: Drops | None) -> Iterator[Path]:
+    """All files below `root`, sorted; each folder is entered once, so links in a circle end.
+
+    A folder that may not be read raises `DataError`, or, given `bad`, is counted there.
+    """
+
+    def refuse(error: OSError) -> None:
+        if bad is None:
+            raise cannot_read(Path(error.filename), error) from error
+        bad.add("folder that cannot be read", error.filename)
+
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             drops.add("folder met before (a link)", folder)
             continue
         seen.add((status.st_dev, status.st_ino))
+        if any(marks.issubset(names) for marks in OURS):
+            subfolders.clear()
+            drops.add("run or model of fledge", folder)
+            continue
         for name in sorted(subfolders):
             if name.startswith(".") or name in LEFT_OUT_FOLDERS:
                 drops.add("hidden folder or one that tools make", f"{folder}/{name}")
@@ -146,7 +171,7 @@ def _is_wanted(file: Path, drops: Drops) -> bool:
     if not is_text and file.suffix.lower() not in RECORD_SUFFIXES:
         drops.add("not a text file by its name", str(file))
         return False
-    if not file.exists():
+    if os.path.islink(file) and not os.path.exists(file):  # Path's own raise where access is denied
         drops.add("link that leads nowhere", str(file))
         return False
     return True

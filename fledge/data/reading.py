@@ -61,8 +61,27 @@ def open_binary(path: Path) -> io.BufferedReader:
             raise DataError(f"{path} is not a regular file: expected a file of text; leave it out or name a file")
         return path.open("rb")
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise DataError(f"cannot read {path}: {reason}; check the path and its permissions, or leave it out") from error
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: Path, error: OSError) -> DataError:
+    """What to say of a file or a folder that the system does not let us read."""
+    reason = error.strerror or type(error).__name__
+    return DataError(f"cannot read {shown(path)}: {reason}; check the path and its permissions, or leave it out")
+
+
+def real_path(path: Path, setting: str) -> Path:
+    """The place that `path`, given as `setting`, names, links and `~` followed; `DataError` if there is nothing."""
+    try:
+        place = path.expanduser().resolve()
+        place.stat()
+    except FileNotFoundError as error:
+        raise DataError(f"{setting} {shown(path)}: there is no such folder or file; check the path") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, `~` of an unknown user
+        raise DataError(
+            f"{setting} {shown(path)}: {getattr(error, 'strerror', None) or error}; check the path"
+        ) from error
+    return place
 
 
 def open_unpacked(path: Path) -> io.BufferedIOBase:

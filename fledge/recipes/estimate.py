@@ -23,9 +23,10 @@ from fledge.batches import TokenBatch
 from fledge.config import config_hash, from_json, to_json
 from fledge.data.catalogue import source
 from fledge.data.filters import document_key
+from fledge.data.folder import num_bytes
 from fledge.data.multiple_choice import benchmark
 from fledge.data.package import cache_home
-from fledge.errors import UserError
+from fledge.errors import ConfigError, UserError
 from fledge.files import write_json
 from fledge.models.ngram import fit_orders
 from fledge.objectives.next_token import NextToken, next_token_sums
@@ -38,7 +39,7 @@ from fledge.rl.sampler import EngineSampler
 from fledge.rl.world import split_rows
 from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
 from fledge.train.compile import compiled, resolve
-from fledge.train.device import default_device, raise_malloc_thresholds
+from fledge.train.device import default_device, memory_bytes, raise_malloc_thresholds
 from fledge.train.loop import Pairs, train_step
 from fledge.train.optim import OptimizerSet
 from fledge.types import SamplingParams
@@ -85,7 +86,7 @@ def estimate(plan: RingPlan) -> list[StageEstimate]:
 
 
 def measured_rates(plan: RingPlan) -> Rates:
-    """From the cache if this machine has measured this plan before."""
+    """From the cache if this machine has measured this plan before; `ConfigError` if it cannot hold the model."""
     key = config_hash({"plan": to_json(plan), "versions": versions(), "processor": platform.processor()})
     path = cache_home() / "rates" / f"{key[:32]}.json"
     if path.is_file():
@@ -93,9 +94,21 @@ def measured_rates(plan: RingPlan) -> Rates:
             return from_json(Rates, json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, UserError):
             path.unlink()
+    _refuse_too_large(plan)
     rates = _measure(plan)
     write_json(path, asdict(rates))
     return rates
+
+
+def _refuse_too_large(plan: RingPlan) -> None:
+    """Measuring takes as much memory as training: more than there is would end in the kernel's killing us."""
+    model = initialised(plan, plan.tokenizer.vocab_size, device="meta")
+    needed, there = _training_bytes(plan, model, plan.pretrain.fit), memory_bytes()
+    if needed > there:
+        raise ConfigError(
+            f"pretraining this plan takes about {needed / 2**30:.0f} GiB and this machine has {there / 2**30:.0f}; "
+            "give a smaller --depth, or plan it on a larger machine"
+        )
 
 
 def _measure(plan: RingPlan) -> Rates:
@@ -299,11 +312,8 @@ def _choice_tokens(plan: RingPlan) -> float:
 def _text_bytes(plan: RingPlan, names: Sequence[str]) -> float:
     """Of these sources and the user's folder."""
     sizes = [plan.corpus.limits.get(name, round(source(name).megabytes * 1e6)) for name in names]
-    own = Path(plan.corpus.text) if plan.corpus.text else None
-    if own is not None:
-        sizes.append(
-            sum(f.stat().st_size for f in own.rglob("*") if f.is_file()) if own.is_dir() else own.stat().st_size
-        )
+    if plan.corpus.text is not None:
+        sizes.append(num_bytes(Path(plan.corpus.text)))
     return float(sum(sizes))
 
 

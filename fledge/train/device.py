@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -52,6 +53,13 @@ def raise_malloc_thresholds() -> bool:
     agreed = bool(mallopt(_M_TRIM_THRESHOLD, _THRESHOLDS_BYTES[0])) and agreed
     log.debug("malloc thresholds %s", "raised" if agreed else "left as they are")
     return agreed
+
+
+def memory_bytes() -> int:
+    """What this machine could hold: its memory, or that of its GPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def reset_peak_memory() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from fledge.data.corpus import Ingredient, write_corpus
 from fledge.data.filters import example_text
-from fledge.data.folder import as_dialogue, content_hash, contents, examples, path_examples
+from fledge.data.folder import as_dialogue, content_hash, contents, examples, num_bytes, path_examples
 from fledge.data.jsonl import file_examples
 from fledge.data.reading import Drops, lines, text_blocks
 from fledge.errors import DataError
@@ -136,6 +136,42 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, whom no mode keeps out
     assert f"cannot read {path}: Permission denied" in refusal(path)
+
+
+def test_a_folder_that_may_not_be_read_is_refused_or_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "text")
+    locked = write(tmp_path / "locked/b.txt", "secret").parent
+    whole = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied", path)
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert f"cannot read {locked}: Permission denied" in refusal(tmp_path)
+    for reads in (content_hash, contents):
+        with pytest.raises(DataError, match="Permission denied"):
+            reads(tmp_path)
+    bad = Drops()
+    assert len(list(path_examples(tmp_path, "user", bad=bad))) == 1
+    assert bad.first == {"folder that cannot be read": str(locked)}
+
+
+def test_runs_and_models_of_ours_are_not_read_as_text(tmp_path: Path) -> None:
+    """`fledge raise --text .` finds its own run folder there from the second time on."""
+    write(tmp_path / "a.txt", "text")
+    before, size = content_hash(tmp_path), num_bytes(tmp_path)
+    for name in ("plan.json", ".lock", "metrics.jsonl", "card.html", "corpus/documents/train.jsonl"):
+        write(tmp_path / "runs/pocket" / name, '{"stage": "corpus"}')
+    for name in ("run.json", "model.safetensors", "tokenizer.json"):
+        write(tmp_path / "runs/smollm2" / name, "{}")
+    assert (content_hash(tmp_path), num_bytes(tmp_path)) == (before, size) == (content_hash(tmp_path), 4)
+    drops = Drops()
+    assert len(list(path_examples(tmp_path, "user", drops=drops))) == 1
+    assert drops.counts == {"run or model of fledge": 2}
+    write(tmp_path / "notes/plan.json", '{"monday": "rest"}')
+    assert len(list(path_examples(tmp_path, "user"))) == 2
 
 
 def test_a_line_of_a_record_file_beyond_the_limit_is_refused_by_number(tmp_path: Path) -> None:

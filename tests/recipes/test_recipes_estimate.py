@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fledge.errors import ConfigError
 from fledge.recipes import estimate as estimating
 from fledge.recipes.estimate import Rates, StageEstimate, estimate, measured_rates
 from fledge.recipes.plan import RingPlan
@@ -98,3 +99,27 @@ def test_rates_are_measured_once_a_plan_and_a_damaged_note_is_measured_again(
     note.write_text("{")
     assert measured_rates(plan) == RATES
     assert asked == [0, 1, 0]
+
+
+def test_of_the_users_folder_only_what_is_read_is_counted(tmp_path: Path) -> None:
+    plan = recipe("pocket")
+    (tmp_path / "notes.txt").write_text("a" * 2_000_000)
+    own = replace(plan, corpus=replace(plan.corpus, text=str(tmp_path)))
+    before = rows_of(own)["corpus"].work
+    assert before == f"{float(rows_of(plan)['corpus'].work.split()[0]) + 2:.1f} MB of text"
+    (tmp_path / "film.mp4").write_bytes(b"\0" * 5_000_000)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/pack.txt").write_text("b" * 5_000_000)
+    assert rows_of(own)["corpus"].work == before
+
+
+def test_what_the_machine_cannot_hold_is_refused_before_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEDGE_HOME", str(tmp_path))
+    monkeypatch.setattr(estimating, "_measure", lambda plan: RATES)
+    monkeypatch.setattr(estimating, "memory_bytes", lambda: 1 << 30)
+    with pytest.raises(ConfigError, match=r"takes about \d GiB and this machine has 1; give a smaller --depth"):
+        measured_rates(recipe("pocket"))
+    monkeypatch.setattr(estimating, "memory_bytes", lambda: 1 << 40)
+    assert measured_rates(recipe("pocket")) == RATES

@@ -12,6 +12,7 @@ import torch
 
 from fledge.train.device import (
     default_device,
+    memory_bytes,
     peak_memory_bytes,
     precision,
     raise_malloc_thresholds,
@@ -61,3 +62,7 @@ def test_malloc_thresholds_can_be_raised_more_than_once() -> None:
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert raise_malloc_thresholds() is False
+
+
+def test_the_machines_memory_is_more_than_this_process_takes() -> None:
+    assert memory_bytes() > peak_memory_bytes()
