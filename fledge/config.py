@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import types
 import typing
@@ -63,6 +64,18 @@ def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
         given[tuple(path.split("."))] = text
     changed: ConfigT = _replace(config, given, ()) if given else config
     return changed
+
+
+def check_range(config: object, names: str, least: float, most: float = math.inf) -> None:
+    """`ValueError` for the first of these fields (their names, in words) that lies outside; None lies nowhere.
+
+    What a config's own `__post_init__` calls: `_construct` puts the path before it.
+    """
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            expected = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            raise ValueError(f"{name} is {value}: expected {expected}")
 
 
 def config_hash(config: Any) -> str:

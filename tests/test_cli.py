@@ -41,6 +41,12 @@ WRONG = [
     (["raise", "pocket", "--set", 'evaluation.benchmarks=["piqua"]'], "unknown benchmark 'piqua'"),
     (["raise", "pocket", "--text", "no/such/folder"], "no/such/folder"),
     (["raise", "pocket", "--text", "."], "no text in it"),
+    (["raise", "pocket", "--text", "~no-such-user/notes"], "--text ~no-such-user/notes: "),
+    (["raise", "pocket", "--set", "depth=6"], "--set depth: it only says what was asked for; give --depth"),
+    (["raise", "pocket", "--set", "recipe=fledgling"], "name another recipe"),
+    (["raise", "pocket", "--set", "corpus.text=notes"], "give --text"),
+    (["raise", "pocket", "--set", "pretrain.fit.lanes=0"], "pretrain.fit.lanes: lanes is 0: expected 1 or more"),
+    (["raise", "pocket", "--set", "ppo.temperature=0"], "ppo: temperature is 0.0"),
     (["raise", "pocket", "--frobnicate"], "--frobnicate"),
     (["raise", "pocket", "--dept", "3"], "--dept"),
     (["data", "list", "--js"], "--js"),
@@ -101,6 +107,37 @@ def test_a_terminal_that_lacks_a_character_shows_another_and_no_traceback() -> N
     done = subprocess.run(line, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"the novel ????" in done.stdout
+
+
+def test_links_in_a_circle_are_no_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one").symlink_to("two")
+    Path("two").symlink_to("one")
+    assert main(["raise", "pocket", "--text", "one"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("fledge: --text one: ")
+    assert complaint.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_an_environment_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
+    """`python -m venv` puts the interpreter there first, and pip seconds later."""
+    venv, maker = tmp_path / "venv", tmp_path / "maker"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin/python").write_text("#!/bin/sh\nexit 1\n")
+    maker.write_text(
+        f'#!/bin/sh\ntest "$*" = "-m venv {venv}" || exit 9\n'
+        f"echo '#!/bin/sh' > {venv}/bin/python\necho 'echo \"$*\" >> {tmp_path}/asked' >> {venv}/bin/python\n"
+    )
+    for program in (venv / "bin/python", maker):
+        program.chmod(0o755)
+    line = ["make", "-C", str(ROOT), "setup", f"VENV={venv}", f"PYTHON={maker}"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "asked").read_text().startswith("-m pip install")
+    assert (venv / ".ready").exists()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fledge.config import check_range
 from fledge.data.cutting import cut_prose
 from fledge.data.reading import Example, Split
 from fledge.errors import ConfigError
@@ -37,6 +38,8 @@ class FilterConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share must be between 0 and 1, got {self.validation_share}")
+        check_range(self, "max_bad_share", 0, 1)
+        check_range(self, "min_messages validation_cap", 1)
         if not 1 <= self.min_chars <= self.max_chars:
             raise ConfigError(f"expected 1 <= min_chars <= max_chars, got {self.min_chars} and {self.max_chars}")
 

@@ -53,6 +53,8 @@ class PocketConfig:
             raise ConfigError(f"sizes must be positive, got {self}")
         if self.width % (2 * self.num_heads):
             raise ConfigError(f"width {self.width} must be num_heads {self.num_heads} times an even head width")
+        if self.rope_base <= 0 or (self.max_positions is not None and self.max_positions < 1):
+            raise ConfigError(f"rope_base and max_positions must be positive, got {self}")
 
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int, table_rows: int = 131_072) -> PocketConfig:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fledge.config import check_range
 from fledge.data.filters import FilterConfig
 from fledge.data.fim import FimConfig
 from fledge.rl.ppo import PPOConfig
 from fledge.text.tokenizer import TokenizerConfig
 from fledge.train.optim import OptimConfig
 
+SMALLEST = 1e-12  # of what must be positive
+MAX_SEED = 2**31  # stages add to it, and shuffle, sample and initialise by what comes out
 # The sources that the user's folder becomes: program code goes the way of code, all else that of prose and chats.
 USER_TEXT, USER_CODE = "user", "user-code"
 
@@ -54,6 +57,11 @@ class FitPlan:
     clip_norm: float | None = None
     lanes: int = 1
 
+    def __post_init__(self) -> None:
+        check_range(self, "steps rows row_length lanes", 1)
+        check_range(self, "warmup cooldown final", 0, 1)
+        check_range(self, "clip_norm", SMALLEST)
+
     @property
     def tokens(self) -> int:
         """Positions seen, padding included."""
@@ -75,6 +83,9 @@ class PretrainPlan:
     reset_tables: bool = True
     code_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_range(self, "code_share", 0, 1)
+
 
 @dataclass(frozen=True)
 class CodePlan:
@@ -84,6 +95,9 @@ class CodePlan:
     code_share: float = 0.7
     fim: FimConfig = field(default_factory=FimConfig)
 
+    def __post_init__(self) -> None:
+        check_range(self, "code_share", 0, 1)
+
 
 @dataclass(frozen=True)
 class SFTPlan:
@@ -91,6 +105,9 @@ class SFTPlan:
 
     fit: FitPlan
     prose_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "prose_share", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,8 @@ class RankingPlan:
     batch: int = 64
 
     def __post_init__(self) -> None:
+        check_range(self, "prompts held_out batch", 1)
+        check_range(self, "sft_samples base_samples", 0)
         if not 4 <= self.completions <= 9:
             raise ValueError(f"a ranking has 4 to 9 answers (Ouyang et al. 2022, section 3.4), got {self.completions}")
 
@@ -128,6 +147,11 @@ class RewardPlan:
     clip_norm: float | None = 1.0
     lanes: int = 1
 
+    def __post_init__(self) -> None:
+        check_range(self, "prompts_per_step epochs lanes", 1)
+        check_range(self, "warmup final", 0, 1)
+        check_range(self, "clip_norm", SMALLEST)
+
 
 @dataclass(frozen=True)
 class EvaluationPlan:
@@ -140,6 +164,14 @@ class EvaluationPlan:
     benchmarks: tuple[str, ...] = ()  # multiple choice; fetched when the stage runs
     shots: tuple[int, ...] = (0, 1, 5)
     benchmark_limit: int | None = None  # questions of each
+
+    def __post_init__(self) -> None:
+        check_range(self, "prompts resamples benchmark_limit", 1)
+        check_range(self, "prompts_shown", 0)
+        if not self.orders or min(self.orders) < 1:
+            raise ValueError(f"orders are {list(self.orders)}: expected at least one, each 1 or more")
+        if not self.shots or min(self.shots) < 0:
+            raise ValueError(f"shots are {list(self.shots)}: expected at least one, each 0 or more")
 
 
 @dataclass(frozen=True)
@@ -163,6 +195,10 @@ class RingPlan:
     control: bool = False  # a second PPO without the pretraining mix, to see what the mix is worth
     compile: bool | None = None  # None: where a C++ compiler is there and the stage is long enough to pay
     save_seconds: float = 45.0  # how often a stage saves its state
+
+    def __post_init__(self) -> None:
+        check_range(self, "seed", 0, MAX_SEED)
+        check_range(self, "save_seconds", 0)
 
 
 @dataclass(frozen=True)

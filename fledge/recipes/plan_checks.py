@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fledge.config import from_json
+from fledge.config import check_range, from_json
 from fledge.data.catalogue import source
 from fledge.data.multiple_choice import benchmark
 from fledge.errors import ConfigError
-from fledge.recipes.plan import CorpusPlan, RingPlan
+from fledge.recipes.plan import MAX_SEED, SMALLEST, CorpusPlan, RingPlan
 from fledge.registry import FAMILIES, family, load_family
+from fledge.rl.ppo import PPOConfig
 
 
 def check_plan(plan: RingPlan) -> None:
@@ -21,6 +22,7 @@ def check_plan(plan: RingPlan) -> None:
     _check_corpus(plan.corpus)
     for name in plan.evaluation.benchmarks:
         benchmark(name)
+    _check_ppo(plan.ppo)
     config = _model_config(plan)
     if config.max_positions is not None:
         _check_lengths(plan, config.max_positions)
@@ -42,6 +44,18 @@ def _check_corpus(corpus: CorpusPlan) -> None:
         source(name)
         if num_bytes < 1:
             raise ConfigError(f"corpus.limits.{name} is {num_bytes}: expected bytes to read, 1 or more")
+
+
+def _check_ppo(ppo: PPOConfig) -> None:
+    """What PPO's own config leaves open, because a loop that is not a plan's may want it."""
+    try:
+        check_range(ppo, "prompt_length response_length dual_clip", 1)
+        check_range(ppo, "clip value_clip clip_norm temperature", SMALLEST)
+        check_range(ppo, "pretrain_ratio", 0)
+        check_range(ppo, "ema_decay", 0, 1)
+        check_range(ppo, "seed", 0, MAX_SEED)
+    except ValueError as error:
+        raise ConfigError(f"ppo: {error}") from error
 
 
 def _model_config(plan: RingPlan) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import fledge
 from fledge.config import override, to_json
 from fledge.data.folder import content_hash, contents
-from fledge.data.reading import shown
+from fledge.data.reading import real_path, shown
 from fledge.errors import ConfigError, DataError, Interrupted, RunError, nearest
 from fledge.files import write_json
 from fledge.recipes.card_page import write_card
@@ -72,6 +73,15 @@ def ring_of(plan: RingPlan) -> tuple[Stage[RingPlan], ...]:
     return (*RING, CONTROL, replace(EVALUATION, needs=(*EVALUATION.needs, CONTROL.name)))
 
 
+# Leaves that say what was ordered: changing them alone would change nothing but what the plan says of itself.
+DECIDED = {
+    "recipe": "name another recipe, or give the run a --name",
+    "depth": "give --depth",
+    "corpus.text": "give --text",
+    "corpus.text_hash": "give --text",
+}
+
+
 @dataclass(frozen=True)
 class Order:
     """What the user asked for: a recipe, the dial, a folder of text, overrides, and where runs live."""
@@ -94,17 +104,18 @@ def plan_of(order: Order) -> RingPlan:
         raise ConfigError(f"--depth {order.depth}: expected 1 to 64 layers")
     plan = by_name[order.recipe].build(order.depth)
     if order.text is not None:
-        path = order.text.expanduser().resolve()
-        if not path.exists():
-            raise DataError(f"--text {order.text}: there is no such folder or file; check the path")
+        path = real_path(order.text, "--text")
         if shown(path) != str(path):
             raise DataError(f"--text {shown(path)}: its name is not UTF-8, so no plan can hold it; rename it")
         if not contents(path):
             raise DataError(f"--text {order.text}: no text in it; add files such as .txt, .md, .py or .jsonl")
         plan = replace(plan, corpus=replace(plan.corpus, text=str(path), text_hash=content_hash(path)))
-    plan = override(plan, order.overrides)
-    check_plan(plan)
-    return plan
+    changed = override(plan, order.overrides)
+    for setting, option in DECIDED.items():
+        if attrgetter(setting)(changed) != attrgetter(setting)(plan):
+            raise ConfigError(f"--set {setting}: it only says what was asked for; {option}")
+    check_plan(changed)
+    return changed
 
 
 def raise_model(order: Order, listener: Listener) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fledge.config import check_range
 from fledge.errors import CheckpointError
 from fledge.layers.lora import LoraLinear
 from fledge.train.muon import Muon
@@ -37,6 +38,9 @@ class Rule:
     def __post_init__(self) -> None:
         if self.method == "rows" and self.decay:
             raise ValueError("row-sparse tables cannot decay: rows that a batch does not touch stay as they are")
+        check_range(self, "lr eps decay", 0)
+        if not all(0 <= share < 1 for share in (*self.betas, self.momentum)):
+            raise ValueError(f"betas {self.betas} and momentum {self.momentum}: expected 0 or more, below 1")
 
 
 @dataclass(frozen=True)
