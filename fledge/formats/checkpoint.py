@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 import fledge
 from fledge.config import from_json, to_json
 from fledge.errors import CheckpointError
-from fledge.files import sha256_file, write_directory, write_json
+from fledge.files import TEMPORARY_SUFFIX, sha256_file, write_directory, write_json
 from fledge.formats.gguf_tensors import Blocks
 from fledge.formats.packed import pack, unpack
 from fledge.layers.soft_prompt import SoftPrompt
@@ -231,7 +231,7 @@ def save_state(parent: Path, step: int, tensors: Mapping[str, Tensor], scalars: 
         )
 
     write_directory(parent / f"state-{step:08d}", fill)
-    for _, older in _states(parent)[:-1]:
+    for older in [*(directory for _, directory in _states(parent)[:-1]), *parent.glob(f"state-*{TEMPORARY_SUFFIX}")]:
         shutil.rmtree(older)
 
 
@@ -252,12 +252,14 @@ def load_state(parent: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | 
 
 def clear_states(parent: Path) -> None:
     """Remove the training states of a stage that has finished, and after them what it kept beside them as `state-*`:
-    whoever finds a state finds that too."""
-    for _, directory in _states(parent):
-        shutil.rmtree(directory)
-    for file in parent.glob("state-*"):
-        if file.is_file():
-            file.unlink()
+    whoever finds a state finds that too. One that is half removed is not found: a crash at any moment leaves none."""
+    for _, directory in reversed(_states(parent)):
+        directory.rename(directory.with_name(f"{directory.name}{TEMPORARY_SUFFIX}"))
+    for rest in parent.glob("state-*"):
+        if rest.is_dir():
+            shutil.rmtree(rest)
+        else:
+            rest.unlink()
 
 
 def _states(parent: Path) -> list[tuple[int, Path]]:

@@ -39,7 +39,7 @@ from fledge.train.metrics import measured_peak
 from fledge.types import Metrics
 
 PlanT = TypeVar("PlanT")
-INPUTS = "inputs.json"  # in the folder of an unfinished stage: the hashes of what it reads
+INPUTS, COST = "inputs.json", "cost.json"  # of an unfinished stage: the hashes of what it reads, what it took so far
 
 
 class Board(Protocol):
@@ -113,7 +113,7 @@ class StageContext(Generic[PlanT]):
 
     def save_cost(self) -> None:
         """Remember what this sitting cost so far, in case it is the last thing this process does."""
-        write_json(self.path / "cost.json", self.total_cost().__dict__)
+        write_json(self.path / COST, self.total_cost().__dict__)
 
     def total_cost(self) -> Cost:
         return replace(self.cost, seconds=self.cost.seconds + time.monotonic() - self.started)
@@ -162,6 +162,7 @@ def _kept(path: Path, inputs: Mapping[str, str]) -> Manifest | None:
         return None
     if manifest.inputs == dict(inputs):
         verify_outputs(path, manifest)
+        _tidy(path)
         return manifest
     shutil.rmtree(path)
     return None
@@ -170,7 +171,7 @@ def _kept(path: Path, inputs: Mapping[str, str]) -> Manifest | None:
 def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str]) -> Manifest:
     path = run.path / stage.name
     _begin(path, inputs)
-    earlier = _read_cost(path / "cost.json")
+    earlier = _read_cost(path / COST)
     is_resumed = any(path.glob("state-*"))
     run.listener.stage(stage.name, "resumed" if is_resumed else "started", "")
     reset_peak_memory()
@@ -188,28 +189,36 @@ def _run_stage(run: RingRun[PlanT], stage: Stage[PlanT], inputs: dict[str, str])
     )
     stage.work(context)
     write_report(path / "report.json", context.report)
-    clear_states(path)
-    for passing in ("cost.json", INPUTS):
-        (path / passing).unlink(missing_ok=True)
-    outputs = hash_outputs(path)
+    outputs = hash_outputs(path, besides=(INPUTS, COST))
     cost = replace(context.total_cost(), peak_rss_bytes=max(earlier.peak_rss_bytes, peak_memory_bytes()))
     if cost.flops and cost.busy_seconds:
         cost = replace(cost, mfu=cost.flops / cost.busy_seconds / measured_peak(run.device))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest(stage.name, inputs, outputs, cost, versions(), now)
     write_manifest(path, manifest)
+    _tidy(path)
     run.listener.stage(stage.name, "finished", f"{cost.seconds:.0f} s")
     return manifest
 
 
 def _begin(path: Path, inputs: Mapping[str, str]) -> None:
-    """The stage's folder; what an earlier sitting left there stays only if it read what is there to be read now."""
+    """The stage's folder; what an earlier sitting left there stays only if it read what is there to be read now.
+
+    Without a note of what it read nothing stays: a clearing may have been killed in the middle.
+    """
     noted = path / INPUTS
-    if noted.is_file() and read_json(noted) != inputs:
+    if path.is_dir() and not (noted.is_file() and read_json(noted) == inputs):
         shutil.rmtree(path)
     path.mkdir(exist_ok=True)
     if not noted.is_file():
         write_json(noted, inputs)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what only an unfinished stage needs: after its manifest is there, so that no crash loses the stage."""
+    clear_states(path)
+    for passing in (COST, INPUTS):
+        (path / passing).unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

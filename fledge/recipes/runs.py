@@ -173,12 +173,12 @@ def verify_outputs(stage_path: Path, manifest: Manifest) -> None:
         )
 
 
-def hash_outputs(stage_path: Path) -> dict[str, str]:
-    """sha256 of every file below a stage's folder but for its training states and its manifest."""
+def hash_outputs(stage_path: Path, besides: tuple[str, ...] = ()) -> dict[str, str]:
+    """sha256 of every file below a stage's folder but for its training states, its manifest and those named."""
     files = sorted(entry for entry in stage_path.rglob("*") if entry.is_file())
     names = [str(entry.relative_to(stage_path)) for entry in files]
     kept = [name for name in names if not name.startswith(("state-", "manifest.json")) and ".writing" not in name]
-    return {name: sha256_file(stage_path / name) for name in kept}
+    return {name: sha256_file(stage_path / name) for name in kept if name not in besides}
 
 
 def read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,28 @@ def test_a_state_that_was_never_finished_is_not_seen(tmp_path: Path) -> None:
     found = load_state(tmp_path)
     assert found is not None
     assert found[0] == 1
+
+
+def test_a_state_whose_removal_was_killed_is_not_found_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_state(tmp_path, 7, {"a": torch.zeros(2)}, {})
+
+    def killed(path: Path) -> None:
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            clear_states(tmp_path)
+    assert load_state(tmp_path) is None
+    clear_states(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_saves_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "state-00000002.writing").mkdir()
+    save_state(tmp_path, 3, {"a": torch.zeros(2)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["state-00000003"]
 
 
 def test_an_altered_state_is_refused_by_name(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from fledge.errors import Interrupted
+from fledge.formats.checkpoint import save_state
+from fledge.recipes import ring
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.ring import NoBoard, RingRun, Stage, StageContext, run_stages
 from fledge.recipes.runs import read_manifest
@@ -194,3 +196,40 @@ def test_what_a_stage_had_begun_is_given_up_when_what_it_read_has_changed(tmp_pa
     manifest = read_manifest(tmp_path / "sft")
     assert manifest is not None
     assert "inputs.json" not in manifest.outputs
+
+
+def test_what_no_note_vouches_for_is_cleared_before_a_stage_begins(tmp_path: Path) -> None:
+    """A clearing that is killed may have removed the note and not yet the state that was made from other inputs."""
+    state = tmp_path / "sft" / "state-00000007"
+    state.mkdir(parents=True)
+    found: list[str] = []
+    watcher, _ = run_of(tmp_path, {"sft": lambda context: found.extend(path.name for path in context.path.iterdir())})
+    assert found == ["inputs.json"]
+    assert watcher.heard == ["sft started", "sft finished"]
+
+
+def test_a_stage_that_is_killed_before_its_manifest_keeps_its_state_and_after_it_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(context: StageContext[Any]) -> None:
+        (context.path / "said").write_text("one")
+        save_state(context.path, 9, {}, {})
+        context.save_cost()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for moment, left in (("write_manifest", ["state-00000009"]), ("clear_states", ["manifest.json", "state-00000009"])):
+        folder = tmp_path / moment
+        folder.mkdir()
+        with monkeypatch.context() as patched:
+            patched.setattr(ring, moment, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_of(folder, {"sft": work})
+        assert sorted({path.name for path in (folder / "sft").iterdir()} & {"manifest.json", "state-00000009"}) == left
+        watcher, _ = run_of(folder, {"sft": work})
+        assert watcher.heard[0] == ("sft resumed" if moment == "write_manifest" else "sft kept")
+        assert sorted(path.name for path in (folder / "sft").iterdir()) == ["manifest.json", "report.json", "said"]
+        manifest = read_manifest(folder / "sft")
+        assert manifest is not None
+        assert sorted(manifest.outputs) == ["report.json", "said"]
