@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from fledge.data.catalogue import source
-from fledge.data.corpus import Corpus, Ingredient, tokenize_corpus, tokenizer_sample, write_corpus
+from fledge.data.corpus import SIDES, Corpus, Ingredient, tokenize_corpus, tokenizer_sample, write_corpus
 from fledge.data.filters import example_text
 from fledge.data.folder import Content, contents
 from fledge.data.gpt2_vocabulary import load_gpt2
 from fledge.data.package import cache_home, fetch, package_path
+from fledge.data.reading import Example, Split
 from fledge.data.shards import Shards
 from fledge.errors import DataError
-from fledge.recipes.chats import part_of
+from fledge.recipes.chats import SHARES, part_of
 from fledge.recipes.plan import USER_CODE, USER_TEXT
 from fledge.recipes.report import Cell, Fact, Licence, Table
 from fledge.recipes.training import Context
@@ -55,12 +56,42 @@ def corpus_stage(context: Context) -> None:
     corpus = write_corpus(
         ingredients, folder, cache=cache_home(), filters=filters, seed=context.plan.seed, progress=progress
     )
+    _refuse_gaps(context, corpus)
     context.listener.step(context.name, total, total, {})
     context.report = replace(
         context.report,
         headline=Fact("text", sum(_bytes(account) for account in corpus.yields.values()) / 1e6, "MB"),
         tables=(_yield_table(corpus),),
         licences=tuple(_licence(context, name, account) for name, account in corpus.yields.items()),
+    )
+
+
+def _refuse_gaps(context: Context, corpus: Corpus) -> None:
+    """`DataError` if a later stage would find nothing to train on, or nothing held out to be measured on."""
+    plan = context.plan.corpus
+    texts = {"prose": (*plan.prose, USER_TEXT), "code": (*plan.code, USER_CODE)}
+    for side in SIDES:
+        found: dict[str, Iterator[Example]] = {
+            kind: corpus.texts(side, [name for name in names if name in corpus.sources])
+            for kind, names in texts.items()
+        }
+        for kind, examples in {**found, "chats": corpus.chats(side)}.items():
+            if next(examples, None) is None:
+                raise DataError(_gap(kind, side, plan.filters.validation_share))
+    parts = {part_of(chat) for chat in corpus.chats("train")}
+    if missing := [part for part in SHARES if part not in parts]:
+        raise DataError(
+            f"too few conversations: none fell to '{missing[0]}'; add more, or name a source in corpus.chats"
+        )
+
+
+def _gap(kind: str, side: Split, share: float) -> str:
+    what = {"prose": "prose", "code": "program code", "chats": "conversations"}[kind]
+    if side == "train":
+        return f"no {what} to train on: name a source in corpus.{kind}, or put some into the folder of --text"
+    return (
+        f"none of the {what} was held out to be measured on: corpus.filters.validation_share is {share:g}; "
+        "raise it, or add more"
     )
 
 
@@ -113,8 +144,6 @@ def open_texts(context: Context) -> Texts:
     train, validation = Shards.open(folder / "shards" / "train"), Shards.open(folder / "shards" / "validation")
     prose = tuple(name for name in (*plan.prose, USER_TEXT) if name in train.sources)
     code = tuple(name for name in (*plan.code, USER_CODE) if name in train.sources)
-    if not prose:
-        raise DataError("no prose to train on: name a source in corpus.prose or give --text a folder with text in it")
     return Texts(tokenizer, ChatRenderer(tokenizer), train, validation, prose, code)
 
 

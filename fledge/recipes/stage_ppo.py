@@ -10,6 +10,7 @@ from typing import Any
 
 from fledge.batches import TokenBatch
 from fledge.data.pack import PackedRows, ShardDocuments, batch
+from fledge.errors import DataError
 from fledge.formats.checkpoint import LoadedModel, load_state
 from fledge.models.scalar import ScalarModel
 from fledge.objectives.clipped_policy import action_logprobs
@@ -95,6 +96,8 @@ def _world(context: Context, plan: PPOConfig, sft: LoadedModel, reward_model: Sc
         max_tokens=plan.prompt_length,
         seed=context.plan.seed,
     )
+    if not found:
+        raise DataError("no conversation for PPO to ask about: add chats, or raise ppo.prompt_length")
     pays = context.compiled and plan.rounds * plan.episodes >= COMPILED_FROM_EPISODES
     regions = Regions(compiled(action_logprobs), compiled(read_scores)) if pays else Regions()
     # The end of turn alone ends an answer; a base model's end of text does not count as one.

@@ -43,7 +43,7 @@ def pretrain_stage(context: Context) -> None:
     prose = _packed(context, texts, texts.prose, fit)
     rows: RowSource = prose
     if plan.code_share:
-        rows = mixed(prose, _packed(context, texts, _code(texts), fit), plan.code_share)
+        rows = mixed(prose, _packed(context, texts, texts.code, fit), plan.code_share)
     objective = next_token(context, fit, texts.tokenizer)
     epoch = prose.steps_per_epoch(fit.rows)
     # The last epoch ends on the last step, so that the tables have seen every document once since they last forgot.
@@ -78,7 +78,7 @@ def code_stage(context: Context) -> None:
     plan, texts = context.plan.code, open_texts(context)
     fit, base = plan.fit, context.model("pretrain")
     before = language_of(context, "pretrain", base.model, texts)
-    numbers = document_numbers(texts.train, _code(texts))
+    numbers = document_numbers(texts.train, texts.code)
     documents = FimDocuments(ShardDocuments(texts.train, numbers), plan.fim, fim_tokens(texts), context.plan.seed)
     code = PackedRows(documents, fit.row_length, context.plan.seed)
     rows = mixed(_packed(context, texts, texts.prose, fit, epoch_seed=1), code, plan.code_share)
@@ -87,7 +87,7 @@ def code_stage(context: Context) -> None:
     def batches(state: TrainState, step: int) -> Pairs:
         return pairs_of(objective, batch(rows, step, fit.rows), fit.lanes)
 
-    held_out = _packed(context, texts, _code(texts), fit, held_out=True)
+    held_out = _packed(context, texts, texts.code, fit, held_out=True)
     train(context, base.model, Course(fit, batches, _validating(texts, held_out, fit)))
     save_stage_model(context, base.model, texts.tokenizer, {"base": base.hash})
     after = _leave_language(context, base.model, texts)
@@ -183,12 +183,6 @@ def fim_tokens(texts: Texts) -> FimTokens:
     names = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
     prefix, suffix, middle = (tokenizer.special_id(name) for name in names)
     return FimTokens(prefix, suffix, middle, tokenizer.end_of_text_id)
-
-
-def _code(texts: Texts) -> tuple[str, ...]:
-    if not texts.code:
-        raise DataError("no code to train on: name a source in corpus.code, such as stdlib")
-    return texts.code
 
 
 def _packed(
