@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -134,7 +135,9 @@ def _stages(run_folder: Path) -> list[str]:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines typed at a prompt until Ctrl-D; Ctrl-C drops the line."""
+    """Lines typed at a prompt until Ctrl-D; Ctrl-C drops the line; bytes that are no UTF-8 become U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a terminal of another encoding is no reason to stop
     with suppress(ImportError):  # not everywhere
         import readline  # noqa: F401  # importing it lets input() edit lines and recall earlier ones
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from fledge.commands.speaking import (
     printable,
     sampling_params,
 )
+from fledge.commands.typed import standard_input
 from fledge.errors import UserError
 from fledge.types import Completion, SamplingParams
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0; `UserError` for a model, a text or a number that cannot be used."""
     if args.num < 1:
         raise UserError(f"-n {args.num}: expected 1 or more")
-    text = _standard_input() if args.text == "-" else args.text
+    text = standard_input() if args.text == "-" else args.text
     speaker = load_speaker(args.model, args.runs, args.draft)
     prompt, params = speaker.text_prompt(text), sampling_params(args, speaker)
     if args.num == 1 and not args.as_json:
@@ -67,10 +67,3 @@ def _as_json(text: str, completion: Completion, params: SamplingParams) -> dict[
         "logprobs": list(completion.logprobs),
         "seed": params.seed,
     }
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from error

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fledge.commands.progress import JsonLines, Lines
+from fledge.commands.typed import standard_input
 from fledge.data.catalogue import SOURCES, source
 from fledge.data.filters import DEFAULT, example_text, undecodable
 from fledge.data.folder import path_examples
@@ -113,7 +114,7 @@ def _training_texts(args: argparse.Namespace, bad: Drops, listener: JsonLines | 
 
 def _show(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
-    text = sys.stdin.read() if args.text == "-" else args.text
+    text = standard_input() if args.text == "-" else args.text
     ids = tokenizer.encode(text)
     pieces = tokenizer.pieces(ids)
     if args.json:

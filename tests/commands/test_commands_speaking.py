@@ -271,6 +271,14 @@ def test_typed_lines_end_at_ctrl_d_and_survive_ctrl_c(monkeypatch, capsys):
     assert "(Ctrl-D leaves)" in capsys.readouterr().out
 
 
+def test_what_a_terminal_of_another_encoding_types_is_no_reason_to_stop(monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO("你好\n".encode("gb18030") + b"hello\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    first, second = chat._typed_lines()
+    assert "\ufffd" in first
+    assert second == "hello"
+
+
 def test_the_oldest_exchanges_leave_first_and_the_system_stays(tokenizer):
     renderer = ChatRenderer(tokenizer)
     turns = [

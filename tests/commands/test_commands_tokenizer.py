@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,17 @@ def test_train_then_show_then_report(folder: Path, capsys: pytest.CaptureFixture
     assert main(arguments) == 0
     (figure,) = json.loads(capsys.readouterr().out).values()
     assert figure > 1.5
+
+
+def test_show_reads_standard_input_and_refuses_what_is_no_text(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(folder) == 0
+    for piped, code in (("天气".encode(), 0), (b"a\xff", 2)):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+        assert main(["tokenizer", "show", str(folder / "t.json"), "-"]) == code
+    assert capsys.readouterr().err == "fledge: standard input: not UTF-8 at byte 1; convert it first\n"
 
 
 def test_a_file_that_exists_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
