@@ -5,8 +5,7 @@
 One algorithm with the choices that its published relatives differ in; `GRPOConfig.grpo()`, `.dr_grpo()`, `.dapo()` and
 `.rloo()` are those choices by name. Everything else (sampling, pretraining mix, checks, resuming) is as in ppo.py.
 
-Source: see groups.py and objectives/group_policy.py; sampler correction: Yao et al. 2025, "Your efficient RL framework
-secretly brings you off-policy RL training". Suffixes: B episodes, K answers of a group, T positions.
+Source: see groups.py and objectives/group_policy.py. Suffixes: B episodes, K answers of a group, T positions.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fledge.batches import GroupRollout
-from fledge.objectives.clipped_policy import MAX_LOG_RATIO, ActionSpace, check_clip
+from fledge.objectives.clipped_policy import ActionSpace, check_clip
 from fledge.objectives.group_policy import Estimator, GroupPolicy
 from fledge.rl.actors import PolicyPair
 from fledge.rl.checks import moved_at_the_start, sampler_disagrees
@@ -41,6 +40,7 @@ from fledge.rl.world import (
     failed_rewards,
     halt,
     pretraining_pairs,
+    sampler_correction,
     scorer_figures,
 )
 from fledge.train.device import precision
@@ -220,7 +220,7 @@ class GRPO:
             sampler_logprobs_BT=episodes.sampler_logprobs_BT,
             policy_version=self.round_number,
             group_B=torch.arange(config.episodes, device=self.device) // config.group,
-            weights_BT=weights_BT * self._correction(old_BT, episodes),
+            weights_BT=weights_BT * sampler_correction(old_BT, episodes, config.sampler_cap),
             shares_B=shares_B,
         )
         if not is_paid_B.any() or not torch.isfinite(scores_B[is_paid_B]).all():
@@ -241,13 +241,6 @@ class GRPO:
                 length_B, limit=config.response_length, buffer=config.overlong_buffer
             )
         return torch.where(failed_rewards(scores_B), torch.nan, shaped_B)
-
-    def _correction(self, old_BT: Tensor, episodes: Episodes) -> Tensor | float:
-        """Truncated importance weights between the trainer and the sampler that drew."""
-        if self.config.sampler_cap is None:
-            return 1.0
-        log_ratio_BT = (old_BT - episodes.sampler_logprobs_BT) * episodes.action_mask_BT
-        return log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=self.config.sampler_cap)
 
     def _update(self, rollout: GroupRollout, scale: float) -> Metrics:
         """Epochs of minibatches: every episode once an epoch, in an order of its own."""

@@ -43,6 +43,7 @@ from fledge.rl.world import (
     halt,
     pretraining_pairs,
     sample,
+    sampler_correction,
     scorer_figures,
 )
 from fledge.train.device import precision
@@ -59,7 +60,8 @@ class PPOConfig:
     """`rounds` of `episodes`; each round takes `epochs` passes over its episodes in minibatches.
 
     `forward_rows` is the most rows in one forward pass (memory, not mathematics), and `lanes` is how many such passes
-    may train side by side on a CPU (train/lanes.py). `pretrain_ratio` is the number of
+    may train side by side on a CPU (train/lanes.py). `sampler_cap` corrects what the sampler's probabilities differ
+    from the trainer's by importance weights up to this (None: no correction). `pretrain_ratio` is the number of
     pretraining rows an episode (InstructGPT: 8), `pretrain_weight` 0 leaves them out. Learning rates warm up over
     `warmup_rounds`, then stay ("constant") or fall to 0 ("linear").
     """
@@ -79,6 +81,7 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     whiten_advantages: bool = True
+    sampler_cap: float | None = None
     kl: KLConfig = field(default_factory=KLConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     pretrain_weight: float = 1.0
@@ -101,6 +104,7 @@ class PPOConfig:
             ),
             (self.forward_rows >= 1 and self.lanes >= 1, "forward_rows and lanes must be at least 1"),
             (0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1"),
+            (self.sampler_cap is None or self.sampler_cap >= 1, "sampler_cap must be at least 1"),
             (self.pretrain_weight >= 0, "pretrain_weight must be 0 or more"),
             (self.pretrain_weight == 0 or self.pretrain_rows >= 1, "pretrain_ratio gives no row a minibatch"),
             (0 <= self.warmup_rounds <= self.rounds, f"warmup_rounds must lie between 0 and rounds {self.rounds}"),
@@ -185,6 +189,8 @@ class PPO:
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
         if config.whiten_advantages:
             advantages_BT = whiten(advantages_BT, mask_BT, shift_mean=True)
+        # No weight is negative, so an action's loss is weighed with its advantage, whichever bound holds.
+        advantages_BT = advantages_BT * sampler_correction(old_BT, episodes, config.sampler_cap)
         rollout = Rollout(
             tokens_BT=episodes.tokens_BT,
             segments_BT=episodes.segments_BT,
@@ -201,7 +207,8 @@ class PPO:
         )
         if not is_paid_B.any() or not torch.isfinite(scores_B[is_paid_B]).all():
             self._halt("a score is not a finite number, or no episode has one", rollout)
-        if complaint := sampler_disagrees(rollout):
+        # Where its weights are corrected for another sampler, that the two differ is known.
+        if config.sampler_cap is None and (complaint := sampler_disagrees(rollout)):
             self._halt(complaint, rollout)
         if not config.reward.whiten and (complaint := score_is_elsewhere(rollout, shaped_B, self.beta)):
             self._halt(complaint, rollout)

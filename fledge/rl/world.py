@@ -1,6 +1,7 @@
 """What a policy acts in, and what a round of every algorithm does alike: sample, mix in pretraining rows, halt.
 
-Source: Ouyang et al. 2022 (2203.02155), section 3.5 and appendix C.4. Suffixes: B episodes, T positions.
+Source: Ouyang et al. 2022 (2203.02155), section 3.5 and appendix C.4; sampler correction: Yao et al. 2025, "Your
+efficient RL framework secretly brings you off-policy RL training". Suffixes: B episodes, T positions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fledge.batches import Loss, Rollout, TokenBatch
 from fledge.errors import TrainingHalted
-from fledge.objectives.clipped_policy import ActionSpace, ClippedPolicy
+from fledge.objectives.clipped_policy import MAX_LOG_RATIO, ActionSpace, ClippedPolicy
 from fledge.rl.rollout import Episodes, EpisodeShape, Regions, Sampler, Scorer, lay_out
 from fledge.train.device import precision
 from fledge.train.loop import Objective, dump_batches
@@ -118,6 +119,18 @@ def split_rows(batch: TokenBatch, rows: int) -> list[TokenBatch]:
     """The same rows, at most `rows` a piece."""
     pieces = (tensor.split(rows) for tensor in vars(batch).values())
     return [TokenBatch(*tensors) for tensors in zip(*pieces, strict=True)]
+
+
+def sampler_correction(old_BT: Tensor, episodes: Episodes, cap: float | None) -> Tensor | float:
+    """Truncated importance weights min(pi_old / pi_sampler, cap) of the actions, 1 elsewhere; 1 without a cap.
+
+    Where the engine that draws computes otherwise than the trainer (Yao et al. 2025), a token's loss times its weight
+    is on average the loss of what the trainer's own policy would have drawn; the cap bounds its variance.
+    """
+    if cap is None:
+        return 1.0
+    log_ratio_BT = (old_BT - episodes.sampler_logprobs_BT) * episodes.action_mask_BT
+    return log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
 
 
 def failed_rewards(scores_B: Tensor) -> Tensor:

@@ -143,17 +143,24 @@ ALGORITHMS = (
     ),
     Mutant(
         "sampler-correction-inverted",
-        GRPO,
+        WORLD,
         "(old_BT - episodes.sampler_logprobs_BT)",
         "(episodes.sampler_logprobs_BT - old_BT)",
         "importance weights point from trainer to sampler",
     ),
     Mutant(
         "sampler-correction-unbounded",
-        GRPO,
-        ".exp().clamp(max=self.config.sampler_cap)",
+        WORLD,
+        ".exp().clamp(max=cap)",
         ".exp()",
         "importance weights are not truncated",
+    ),
+    Mutant(
+        "ppo-sampler-not-corrected",
+        PPO,
+        "advantages_BT * sampler_correction(old_BT, episodes, config.sampler_cap)",
+        "advantages_BT * 1.0",
+        "PPO takes the weights of another sampler and leaves them out",
     ),
     Mutant(
         "draws-not-restored",

@@ -220,6 +220,31 @@ def test_c21_c22_c25_sampler_and_trainer_agree_in_every_round():
         assert ppo.round().metrics["sampler_gap"] < 1e-4
 
 
+def off_by_row(sampler):
+    """A sampler that says of answer n that its tokens were exp(-0.2 (n mod 3)) times as likely as they were."""
+
+    def told(*args):
+        return [
+            replace(one, logprobs=tuple(value - 0.2 * (n % 3) for value in one.logprobs))
+            for n, one in enumerate(sampler(*args))
+        ]
+
+    return told
+
+
+def test_c25_truncated_importance_weights_correct_the_sampler():
+    plain = toy.ppo(SMALL).round().rollout
+    other = replace(toy.world(), sampler=off_by_row(toy.world().sampler))
+    with pytest.raises(TrainingHalted, match="engine and trainer disagree"):
+        toy.ppo(SMALL, other).round()
+    corrected = toy.ppo(replace(SMALL, sampler_cap=1.3), other).round().rollout
+    assert torch.equal(corrected.tokens_BT, plain.tokens_BT)
+    for row in range(16):
+        weight = min(1.3, math.exp(0.2 * (row % 3)))
+        assert torch.allclose(corrected.advantages_BT[row], weight * plain.advantages_BT[row], rtol=1e-3)
+    assert torch.equal(corrected.returns_BT, plain.returns_BT), "what the value function learns is drawn as it is"
+
+
 def test_c31_advantages_are_whitened_over_all_episodes_of_a_round():
     rollout = toy.ppo(SMALL).round().rollout
     advantages = rollout.advantages_BT[rollout.action_mask_BT > 0]
@@ -357,6 +382,7 @@ def test_c44_memory_option_changes_nothing_that_is_learned():
         ({"pretrain_weight": -1.0}, "0 or more"),
         ({"pretrain_weight": 1.0, "pretrain_ratio": 0.0}, "no row a minibatch"),
         ({"warmup_rounds": 99}, "between 0 and rounds"),
+        ({"sampler_cap": 0.5}, "at least 1"),
         ({"forward_rows": 0}, "at least 1"),
     ],
 )
@@ -394,6 +420,7 @@ OPTIONS = {
     "gamma": 0.5,
     "lam": 0.5,
     "whiten_advantages": False,
+    "sampler_cap": 1.0,
     "kl": KLConfig(beta=1.0),
     "reward": RewardConfig(whiten=True),
     "pretrain_weight": 0.0,
@@ -419,7 +446,8 @@ def test_every_option_is_used(name):
     config = replace(BUSY, rounds=4, warmup_rounds=0, schedule="constant", minibatch=8)
     world = toy.world(pretrain=toy.pretrain_mix())
     changed = replace(config, **{name: OPTIONS[name]})
-    if name in ("prompt_length", "forward_rows", "lanes"):  # shapes and memory: only rounding may show
+    # Shapes, memory, and the weights of a sampler that is right: only rounding may show.
+    if name in ("prompt_length", "forward_rows", "lanes", "sampler_cap"):
         a, b = (toy.ppo(given, world).round() for given in (config, changed))
         assert a.metrics["kl_k3"] == pytest.approx(b.metrics["kl_k3"], abs=1e-4)
         return
