@@ -231,11 +231,13 @@ def _refuse_what_only_sft_can(order: AlignOrder, method: Method) -> None:
 
 
 def _data_plan(order: AlignOrder) -> DataPlan:
-    files = [*order.data, *order.safety, *([order.held_out] if order.held_out is not None else [])]
-    for file in files:
-        if not file.exists():
-            raise DataError(f"--data {file}: there is no such file; check the path")
-    hashes = [sha256_file(inner) for file in files for inner in _files_of(file)]
+    held_out = () if order.held_out is None else (order.held_out,)
+    named = {"--data": order.data, "--safety": order.safety, "--held-out": held_out}
+    for option, files in named.items():
+        for file in files:
+            if not file.exists():
+                raise DataError(f"{option} {file}: there is no such file; check the path")
+    hashes = [sha256_file(inner) for files in named.values() for file in files for inner in _files_of(file)]
     return DataPlan(
         paths=tuple(str(path.expanduser().resolve()) for path in order.data),
         hash=config_hash(hashes),

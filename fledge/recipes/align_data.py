@@ -42,19 +42,17 @@ Ids = tuple[int, ...]
 Verdict = tuple[Ids, Ids, bool]
 TRAIN, HELD_OUT = "train", "held_out"
 SAFETY_TRAIN, SAFETY_HELD_OUT = "safety_train", "safety_held_out"
-_KINDS = {
-    kind.__name__: kind
-    for kind in (
-        TextExample,
-        ChatExample,
-        PairExample,
-        UnpairedExample,
-        Ranking,
-        RatedExample,
-        PromptExample,
-        StepsExample,
-    )
+_IN_WORDS: Mapping[type, str] = {
+    TextExample: "a text",
+    ChatExample: "a conversation",
+    PairExample: "a pair",
+    UnpairedExample: "an answer with a verdict",
+    Ranking: "a ranking",
+    RatedExample: "an answer with a rating",
+    PromptExample: "a prompt without answers",
+    StepsExample: "an answer in judged steps",
 }
+_KINDS = {kind.__name__: kind for kind in _IN_WORDS}
 
 
 @dataclass(frozen=True)
@@ -235,7 +233,7 @@ def _require_length(found: int, limit: int, what: str) -> None:
 
 def _wrong_kind(example: FeedbackExample, wanted: str) -> DataError:
     return DataError(
-        f"wrong kind: it is a {type(example).__name__}, this method learns from {wanted}; use another file"
+        f"wrong kind: it is {_IN_WORDS[type(example)]}, this method learns from {wanted}; use another file"
     )
 
 

@@ -188,6 +188,23 @@ def test_a_bad_row_is_refused_with_file_line_and_reason(reason: str, folder: Pat
         align(order(folder, "dpo", data=(path,)), Silent())
 
 
+def test_what_stands_in_a_file_of_another_kind_is_said_in_words(folder: Path) -> None:
+    for name, what in (("prompts", "a prompt without answers"), ("verdicts", "an answer with a verdict")):
+        with pytest.raises(DataError, match=f"it is {what}, this method learns from pairs or rankings"):
+            align(order(folder, "dpo", data=(folder / f"{name}.jsonl",)), Silent())
+
+
+def test_a_file_that_is_missing_is_named_with_its_option(folder: Path) -> None:
+    nowhere = folder / "nowhere.jsonl"
+    for option, changes in (
+        ("--data", {"data": (nowhere,)}),
+        ("--held-out", {"held_out": nowhere}),
+        ("--safety", {"safety": (nowhere,)}),
+    ):
+        with pytest.raises(DataError, match=f"{option} .*nowhere.jsonl: there is no such file"):
+            align(order(folder, "sft", **changes), Silent())
+
+
 def test_bad_rows_are_skipped_and_counted_where_the_user_says_so(folder: Path) -> None:
     path = world.write_rows(folder / "bad.jsonl", [*world.data()["pairs"], *BAD_ROWS.values()])
     run = align(order(folder, "dpo", data=(path,), skip_bad=True), Silent())
