@@ -6,6 +6,7 @@ Source: openapi 2.3.0, `CreateBatchRequest`, `BatchError`, and the guide to the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 MAX_LINES, MAX_BYTES = 50_000, 200 << 20
 MAX_TOLD = 100  # errors that are listed
 MAX_ID = 512
+_HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which no file can hold
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _parse(number: int, raw: bytes, endpoint: str) -> Asked | dict[str, Any]:
     if not isinstance(line, dict):
         return _error("invalid_json_line", "this line is no object", None, number)
     custom_id, body = line.get("custom_id"), line.get("body")
-    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_ID:
+    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_ID or _HALF.search(custom_id):
         return _error("invalid_custom_id", f"custom_id is a text of 1 to {MAX_ID} characters", "custom_id", number)
     if line.get("method") != "POST":
         return _error("invalid_method", "the method is POST", "method", number)

@@ -113,11 +113,19 @@ class Guard:
         body = await _read_all(receive, most)
         if body is None:
             return _too_large(most), receive
-        depth = nesting(body) if len(body) < _THREAD_BYTES else await asyncio.to_thread(nesting, body)
-        if depth > self._limits.max_json_depth:
-            most = self._limits.max_json_depth
-            return refused(f"The body is nested {depth} levels deep, at most {most} are read", code="too_deep"), receive
-        return None, _replay(body, receive)
+        complaint = (
+            self._complaint(body) if len(body) < _THREAD_BYTES else await asyncio.to_thread(self._complaint, body)
+        )
+        return complaint, _replay(body, receive)
+
+    def _complaint(self, body: bytes) -> ApiError | None:
+        depth, most = nesting(body), self._limits.max_json_depth
+        if depth > most:
+            return refused(f"The body is nested {depth} levels deep, at most {most} are read", code="too_deep")
+        if has_half_characters(body):
+            message = "The body holds half a character: an escape from \\ud800 to \\udfff without its other half"
+            return refused(message, code="invalid_unicode")
+        return None
 
     def _record(self, scope: Scope, visit: Visit) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
@@ -140,6 +148,19 @@ def nesting(body: bytes) -> int:
         depth += 1 if bracket in b"[{" else -1
         deepest = max(deepest, depth)
     return deepest
+
+
+def has_half_characters(body: bytes) -> bool:
+    """Whether a JSON text has a lone surrogate somewhere: no answer and no database could hold such a text."""
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return False
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        return False  # it is no JSON, which whoever reads it says
+    return False
 
 
 def _headers(visit: Visit) -> list[tuple[bytes, bytes]]:

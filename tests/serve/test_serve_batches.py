@@ -103,6 +103,7 @@ async def test_a_batch_answers_line_by_line_as_the_live_routes_do(client: httpx2
         (["[1]"], "invalid_json_line", 1),
         ([line("a"), line("a")], "duplicate_custom_id", 2),
         ([{**line("a"), "custom_id": 5}], "invalid_custom_id", 1),
+        ([{**line("a"), "custom_id": "\ud800"}], "invalid_custom_id", 1),
         ([{**line("a"), "method": "GET"}], "invalid_method", 1),
         ([line("a"), "", {**line("b"), "url": "/v1/files"}], "mismatched_endpoint", 2),
         ([{**line("a"), "body": "x"}], "invalid_body", 1),

@@ -251,6 +251,28 @@ async def test_19_a_body_in_another_encoding_or_of_another_type_is_refused(serve
                 assert answer.status_code < 500, (kind, content, answer.text)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "x", "previous_response_id": "HALF"}),
+        ("/v1/responses", {"input": "x", "user": "HALF"}),
+        ("/v1/responses", {"input": "x", "instructions": "HALF", "background": True}),
+        ("/v1/responses", {"input": [{"role": "user", "content": "x", "note": {"HALF": 1}}]}),
+        ("/v1/conversations", {"items": [{"role": "user", "content": "HALF"}]}),
+        (CHAT, hello("x", store=True, tools=[{"type": "function", "function": {"name": "f"}, "x": "HALF"}])),
+    ],
+)
+async def test_19_half_a_character_is_refused_wherever_it_stands(server: Server, path: str, body: Any) -> None:
+    """Kept, it would make every answer that holds it an error."""
+    kind = {"content-type": "application/json"}
+    async with server.client() as client:
+        for half in ("\\ud800", "\\uDFFF", "\\\\\\ud83d", "\\ud83dx\\ude00"):
+            answer = await client.post(path, content=json.dumps(body).replace("HALF", half), headers=kind)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_unicode")
+        whole = await client.post(CHAT, content=json.dumps(hello("😀 \\ud83d")), headers=kind)
+        assert whole.status_code == 200, whole.text
+
+
 async def test_19_json_10_000_deep_is_refused_in_whatever_field(server: Server) -> None:
     deep = "[" * 10_000 + "]" * 10_000
     async with server.client() as client:
