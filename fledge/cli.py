@@ -38,6 +38,8 @@ COMMANDS = (
     ("keys", "keys", "who may use the server"),
     ("moderation", "moderation", "train and show the model behind /v1/moderations"),
 )
+# Commands whose user waits for every token: there, threads that spin between two operators halve its time.
+SPINNING = ("chat", "complete", "serve")
 USAGE, INTERRUPTED = 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -55,8 +57,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Threads that spin long while they wait make a busy machine ten times slower; libgomp reads this with torch.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if _named(arguments) not in SPINNING:
+        # Threads that spin long while they wait make a busy machine ten times slower; libgomp reads this with torch.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with contextlib.suppress(AttributeError):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -83,7 +86,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = Parser(prog="fledge", description="Raise a ChatGPT from raw text.")
     parser.add_argument("--version", action="version", version=f"fledge {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    named = _named(arguments)
     _refuse_unknown(named)
     for name, module, summary in COMMANDS:
         if name == named:
@@ -91,6 +94,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name, help=summary)
     return parser
+
+
+def _named(arguments: Sequence[str]) -> str | None:
+    """The command that the user named."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
 
 
 def _refuse_unknown(named: str | None) -> None:

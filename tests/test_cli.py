@@ -83,6 +83,19 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert f"fledge {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "spins"), [("chat", True), ("serve", True), ("align", False)])
+def test_threads_spin_only_where_somebody_waits_for_every_token(
+    name: str, spins: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    main([name, "--no-such-option"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"  # the user's word goes before ours
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    main([name, "--no-such-option"])
+    assert ("GOMP_SPINCOUNT" not in os.environ) is spins
+    os.environ.pop("GOMP_SPINCOUNT", None)
+
+
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["raise", "--list"]) == 0
     assert {"sprout", "pocket", "fledgling"} <= set(capsys.readouterr().out.split())

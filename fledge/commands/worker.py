@@ -13,6 +13,9 @@ from typing import Any
 from fledge.commands.serving import database_url, server_folder
 from fledge.errors import ConfigError
 
+# Of one that a server started: whoever waits for an answer goes before a job.
+_NICENESS = 10
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("worker", help="run the fine-tuning jobs of a server")
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     if args.attached:
+        os.nice(_NICENESS)
         threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     work(WorkerOrder(database_url(), server_folder(), args.name or worker_name(), args.idle_seconds))
     return 0
