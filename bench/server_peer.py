@@ -31,7 +31,7 @@ import httpx2
 from serving import free_port
 
 WORDS = ("river", "stone", "cloud", "winter", "garden", "letter", "window", "silver", "morning", "forest", "engine")
-READY_SECONDS = 120
+READY_SECONDS = 600  # compiling takes minutes where nothing was compiled before
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def fledge(args: argparse.Namespace, folder: Path) -> Iterator[Served]:
     key = re.search(r"\bsk-\S+", made.stdout)
     assert key is not None, "no key in what `fledge keys create` says"
     base = f"http://127.0.0.1:{port}"
-    threads = ["--threads", str(args.threads)]
-    with running([*home, "serve", "peer4", "--port", str(port), "--runs", str(folder), *threads], base):
+    options = ["--threads", str(args.threads), *(["--compile"] if args.compile else [])]
+    with running([*home, "serve", "peer4", "--port", str(port), "--runs", str(folder), *options], base):
         yield Served(base, "peer4", key[0])
 
 
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--llama-server", type=Path, required=True)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="let fledge decode by compiled code")
     parser.add_argument("--words", type=int, default=60, help="of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--repeats", type=int, default=5)

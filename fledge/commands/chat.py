@@ -15,7 +15,7 @@ import torch
 
 from fledge.commands.speaking import (
     Speaker,
-    add_draft_argument,
+    add_engine_arguments,
     add_speaking_arguments,
     load_speaker,
     printable,
@@ -38,13 +38,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="RUN[:STAGE]", help="a run, a stage of one, or a checkpoint folder")
     parser.add_argument("--system", metavar="TEXT", help="a message of the system before the first one")
     add_speaking_arguments(parser)
-    add_draft_argument(parser)
+    add_engine_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the user leaves or the input ends; `UserError` for a model or a number that cannot be used."""
-    chat = Chat(args, load_speaker(args.model, args.runs, args.draft))
+    chat = Chat(args, load_speaker(args.model, args.runs, args.draft, compiled=args.compile))
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{chat.greeting()}. /help shows what you can type.")
@@ -116,7 +116,8 @@ class Chat:
         if not name:
             print(", ".join(_stages(find_run(self._run, self._args.runs))))
             return
-        speaker = load_speaker(f"{self._run}:{name}", self._args.runs, self._args.draft)
+        args = self._args
+        speaker = load_speaker(f"{self._run}:{name}", args.runs, args.draft, compiled=args.compile)
         self._use(speaker, sampling_params(self._args, speaker))
         print(self.greeting())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fledge.commands.speaking import (
     Speaker,
-    add_draft_argument,
+    add_engine_arguments,
     add_speaking_arguments,
     load_speaker,
     printable,
@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("text", help="what to continue; - reads standard input")
     parser.add_argument("-n", type=int, default=1, dest="num", help="how many (default: %(default)s)")
     add_speaking_arguments(parser)
-    add_draft_argument(parser)
+    add_engine_arguments(parser)
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a completion")
     parser.set_defaults(run=run)
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num < 1:
         raise UserError(f"-n {args.num}: expected 1 or more")
     text = standard_input() if args.text == "-" else args.text
-    speaker = load_speaker(args.model, args.runs, args.draft)
+    speaker = load_speaker(args.model, args.runs, args.draft, compiled=args.compile)
     prompt, params = speaker.text_prompt(text), sampling_params(args, speaker)
     if args.num == 1 and not args.as_json:
         _print_stream(text, speaker, prompt, params)

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import uvicorn
 
 from fledge.commands.serving import database_url, moderation_folder, server_folder
+from fledge.commands.speaking import COMPILE_HELP
 from fledge.errors import UserError
 from fledge.infer.engine import CacheType
 from fledge.recipes.runs import resolve_model
@@ -74,6 +75,7 @@ def add_parser(subparsers: Any) -> None:
         help="a smaller model that guesses ahead for those of its tokenizer: faster where it is often right, and the "
         "answers stay the same",
     )
+    parser.add_argument("--compile", action="store_true", help=f"{COMPILE_HELP}; not while a model has adapters")
     parser.add_argument("--memory-mb", type=int, help="for all models; those least used make room (default: no limit)")
     _add_moderation(parser)
     parser.add_argument("--no-worker", action="store_true", help="leave fine-tuning jobs to `fledge worker` elsewhere")
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--cache-mb and --memory-mb are at least 1")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     draft = None if args.draft is None else resolve_model(args.draft, args.runs).resolve()
-    engine = {"cache_bytes": args.cache_mb << 20, "cache_type": args.cache_type}
+    engine = {"cache_bytes": args.cache_mb << 20, "cache_type": args.cache_type, "compile": args.compile}
     loader = ProcessLoader(engine, args.device, args.threads, draft)
     _refuse_idle_draft(loader, entries)
     return asyncio.run(_serve(args, entries, loader))

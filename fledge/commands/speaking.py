@@ -29,6 +29,10 @@ MAX_ANSWER_TOKENS = 256  # where nobody asked for a length and the context leave
 # A little colder than training's 1: small models wander. Both values are customary for chat.
 TEMPERATURE, TOP_P = 0.8, 0.95
 MAX_PROMPT_CHARS = 4_000_000  # many times what CACHE_BYTES has room for: a mistake, whose encoding takes much memory
+COMPILE_HELP = (
+    "decode by compiled code, at up to half the time a token for small models; starting takes some seconds more, the "
+    "first time on a machine up to minutes"
+)
 CACHE_BYTES = 256 << 20  # of keys and values: room for 11,000 positions of SmolLM2-135M in float32
 
 
@@ -106,17 +110,18 @@ def _refuse_damaged(reason: str | None, position: int) -> None:
         )
 
 
-def load_speaker(name: str, runs: Path, draft: str | None = None) -> Speaker:
+def load_speaker(name: str, runs: Path, draft: str | None = None, *, compiled: bool = False) -> Speaker:
     """The model of `RUN`, `RUN:STAGE` or a checkpoint folder. `UserError` if there is none, or none that speaks.
 
-    `draft` names a smaller model in the same ways, which guesses ahead for it (infer/speculate.py).
+    `draft` names a smaller model in the same ways, which guesses ahead for it (infer/speculate.py). `compiled`
+    decodes by compiled code (infer/decoding.py).
     """
     directory = resolve_model(name, runs)
     loaded = load_model(directory, device=default_device(), with_soft_prompt=True)
     if family(loaded.info.family).kind != "causal":
         raise RunError(f"{directory}: a {loaded.info.family} model gives no answers; name a stage that does")
     model: Any = loaded.model
-    config, draft_model = EngineConfig(CACHE_BYTES), None
+    config, draft_model = EngineConfig(CACHE_BYTES, compile=compiled), None
     if draft is not None:
         config = replace(config, num_draft=USUAL_DRAFT)
         draft_model = load_draft(resolve_model(draft, runs), loaded.tokenizer, default_device())
@@ -164,13 +169,15 @@ def add_speaking_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders live (default: %(default)s)")
 
 
-def add_draft_argument(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_speaker` takes beside the model."""
     parser.add_argument(
         "--draft",
         metavar="MODEL",
         help="a smaller model of the same tokenizer that guesses ahead: faster where it is often right, and the "
         "answers stay the same",
     )
+    parser.add_argument("--compile", action="store_true", help=COMPILE_HELP)
 
 
 def sampling_params(args: argparse.Namespace, speaker: Speaker) -> SamplingParams:

@@ -205,7 +205,7 @@ def test_a_chat_command_that_fails_says_so_and_the_chat_goes_on(runs, capsys, ty
 
 def opened(runs, model="small", **options) -> chat.Chat:
     asked = {"max_tokens": 6, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
-    asked |= {"seed": 0, "system": None, "draft": None, **options}
+    asked |= {"seed": 0, "system": None, "draft": None, "compile": False, **options}
     args = SimpleNamespace(model=model, runs=runs, **asked)
     return chat.Chat(args, speaking.load_speaker(model, runs, args.draft))
 

@@ -44,11 +44,11 @@ def test_answers_from_fixed_buffers_equal_the_oracle(name: str, graphs: list[Any
     sampled = run(generate, model, PROMPTS[:3], params)
     assert [own.ids for [own] in engine.generate(asking(PROMPTS[:3], params))] == [c.ids for c in sampled]
     assert_all_free(engine)
-    assert 3 <= len(graphs) <= 4  # for 1, 2, 4 and 8 answers
-    assert len({id(graph.__code__) for graph in graphs}) == len(graphs)  # torch would take one graph for all of them
+    assert len(graphs) == 2  # for one answer, and for several
+    assert graphs[0].__code__ is not graphs[1].__code__  # torch would take one graph for both of them
 
 
-def test_rows_that_fill_up_a_graph_write_to_nobodys_block(graphs: list[Any]) -> None:
+def test_the_tokens_that_a_graph_is_made_with_are_written_to_nobodys_block(graphs: list[Any]) -> None:
     model = build("pocket").eval()
     pages = Pages(probe_sites(model), 6, 4, torch.device("cpu"))
     for store in (*pages.keys.values(), *pages.values.values()):
@@ -72,7 +72,7 @@ def test_a_table_that_outgrows_its_graph_gets_a_wider_one(graphs: list[Any]) -> 
     with torch.inference_mode():
         for length in (1, 64, 65, 128, 129):
             decoder.run(np.array([9]), np.array([length - 1]), np.arange(length)[None])
-    assert len(graphs) == 3
+    assert len(graphs) == 4  # one more is for several answers
 
 
 def test_more_answers_than_a_graph_takes_run_uncompiled(graphs: list[Any]) -> None:
