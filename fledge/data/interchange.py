@@ -92,9 +92,12 @@ def read(path: Path, intake: Intake | None = None, *, name: str | None = None) -
 def recognised(head: Sequence[Row]) -> Format:
     """The first format that knows one of the rows; a format that knows more of them comes before one that knows fewer.
 
-    `DataError` naming the keys of the first row if none knows any.
+    The last one, TRL's, has keys that are everybody's (`prompt`, `text`): of a row that another knows it has no say, so
+    that one row without its marks does not make another format of the whole file. `DataError` naming the keys of the
+    first row if none knows any.
     """
-    counts = [sum(map(row.load().recognises, (each.record for each in head))) for row in FORMATS]
+    known = [{row.name for row in FORMATS if row.load().recognises(each.record)} for each in head]
+    counts = [sum(row.name in (names - {FORMATS[-1].name} or names) for names in known) for row in FORMATS]
     if not any(counts):
         keys = ", ".join(head[0].record) or "none"
         known = ", ".join(row.name for row in FORMATS)

@@ -544,6 +544,28 @@ def test_any_text_as_a_file_is_read_or_refused_in_one_line(tmp_path: Path) -> No
     check()
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "mark"),
+    [
+        ("labels", {"prompt": "a?", "completions": ["b", "c"], "ranks": [1, 2]}, "ranks"),
+        ("verl", {"data_source": "s", "prompt": [{"role": "user", "content": "a?"}], "ability": "x",
+                  "reward_model": {"style": "rule", "ground_truth": "7"}, "extra_info": {}}, "reward_model"),
+    ],
+)  # fmt: skip
+def test_one_row_without_its_marks_does_not_make_another_format_of_the_file(
+    name: str, row: dict[str, Any], mark: str, tmp_path: Path
+) -> None:
+    rows = [dict(row) for _ in range(5)]
+    del rows[3][mark]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"line 4.*missing key: '{mark}'"):
+        list(interchange.read(path))
+    bad = Drops()
+    assert len(list(interchange.read(path, Intake("x", bad)))) == 4
+    assert bad.counts == {"missing key": 1}
+
+
 KEYS = """messages text prompt completion chosen rejected label completions labels ranks role content tool_calls
 function name arguments instruction input output history conversations from value info summaries choice summary axes
 post reward_model data_source winner model_a model_b conversation_a conversation_b message_id parent_id instances
