@@ -5,8 +5,9 @@ that. Only for up to `MAX_ROWS` answers at once: beyond, the products rule and t
 graph reads is written into buffers that stay where they are.
 
 Compiling takes its time (the first time on a machine some 20 seconds for a model of a few layers and minutes for one of
-thirty, later a tenth of that): at the start, and when answers outgrow the tables' width, which then doubles. Compiled
-and eager code round differently, so an answer may in rare ties differ from an uncompiled engine's.
+thirty, later a tenth of that): at the start and, where attention has no kernel and gathers whole tables, when answers
+outgrow their width, which then doubles. Compiled and eager code round differently, so an answer may in rare ties differ
+from an uncompiled engine's.
 
 Shapes: N answers, R rows of a buffer, M blocks of a table, V vocabulary.
 """
@@ -27,14 +28,14 @@ from torch._dynamo import mark_dynamic
 
 from fledge.errors import ConfigError
 from fledge.infer.causal import CausalModel
-from fledge.infer.paged import Layout, PagedContext, Pages
+from fledge.infer.paged import Layout, PagedContext, Pages, attend_pages
 
 log = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
 
 MAX_ROWS = 32
-_NARROWEST = 64  # blocks of a table
+_NARROWEST = 64  # blocks of a table, where its width costs
 
 
 class _Buffers:
@@ -73,6 +74,7 @@ class CompiledDecoder:
         if pages.device.type != "cpu":
             raise ConfigError(f"compiled decoding is for the CPU; the model is on {pages.device}")
         self._model, self._pages = model, pages
+        self._narrowest = _NARROWEST if pages.attend is attend_pages else _longest(model, pages)
         self._graphs: dict[tuple[bool, int], Callable[[Tensor, Layout], Tensor]] = {}
         self._buffers: dict[int, _Buffers] = {}
         log.warning("compiling the model (some seconds; the first time on this machine up to minutes)")
@@ -92,7 +94,7 @@ class CompiledDecoder:
         To be run within `evaluating`. Writes the tokens' keys and values to the pages. N is at most `MAX_ROWS`.
         """
         num, held_width = tables_NM.shape
-        width = max(_NARROWEST, 1 << (held_width - 1).bit_length())
+        width = max(self._narrowest, 1 << (held_width - 1).bit_length())
         held, size = self._buffers.setdefault(width, _Buffers(width)), self._pages.block_size
         held.tokens_R[:num], held.positions_R[:num] = tokens_N, positions_N
         held.lengths_R[:num] = positions_N + 1
@@ -126,6 +128,13 @@ class CompiledDecoder:
             "guard_filter_fn": _no_guards,
         }
         return torch.compile(step, dynamic=False, fullgraph=True, options=options)
+
+
+def _longest(model: CausalModel, pages: Pages) -> int:
+    """Blocks of the longest table that there can be, as a power of two."""
+    limit: int | None = model.config.max_positions
+    blocks = pages.num_blocks if limit is None else min(pages.num_blocks, -(-limit // pages.block_size))
+    return 1 << (blocks - 1).bit_length()
 
 
 def _vary(tokens_1N: Tensor, layout: Layout) -> None:

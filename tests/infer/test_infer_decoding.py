@@ -13,10 +13,11 @@ from test_infer_engine import GREEDY, PROMPTS, Words, asking, assert_all_free, e
 from test_infer_naive import build, run
 
 from fledge.errors import ConfigError
+from fledge.infer import kernels
 from fledge.infer.decoding import MAX_ROWS, CompiledDecoder
 from fledge.infer.engine import Engine, EngineConfig
 from fledge.infer.naive import generate, generate_uncached
-from fledge.infer.paged import Pages
+from fledge.infer.paged import Pages, attend_pages
 from fledge.infer.runner import probe_sites
 from fledge.types import SamplingParams
 
@@ -66,13 +67,16 @@ def test_the_tokens_that_a_graph_is_made_with_are_written_to_nobodys_block(graph
         assert touched.nonzero().tolist() == [[2, 0], [4, 0], [5, 0], [6, 0]]
 
 
-def test_a_table_that_outgrows_its_graph_gets_a_wider_one(graphs: list[Any]) -> None:
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_a_table_outgrows_its_graph_only_where_its_width_costs(graphs: list[Any], has_kernel: bool) -> None:
     model = build("llama").eval()
-    decoder = CompiledDecoder(model, Pages(probe_sites(model), 200, 1, torch.device("cpu")))
+    pages = Pages(probe_sites(model), 200, 1, torch.device("cpu"))
+    pages.attend = kernels.paged_attention if has_kernel else attend_pages
+    decoder = CompiledDecoder(model, pages)
     with torch.inference_mode():
-        for length in (1, 64, 65, 128, 129):
+        for length in (1, 64, 65, 128, 129, 200):
             decoder.run(np.array([9]), np.array([length - 1]), np.arange(length)[None])
-    assert len(graphs) == 4  # one more is for several answers
+    assert len(graphs) == (2 if has_kernel else 4)  # one is for several answers
 
 
 def test_more_answers_than_a_graph_takes_run_uncompiled(graphs: list[Any]) -> None:
