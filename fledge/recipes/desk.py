@@ -158,6 +158,13 @@ class Desk:
         except DataError as found:
             param = found.param if isinstance(found, FileError) else "training_file"
             error = {"code": "invalid_file", "message": str(found), "param": param}
+        except OSError:
+            raise  # of the disk, which others' files need as well; tried again
+        except Exception as found:
+            # Whatever somebody has put into a file, it must not end the thread that keeps everybody's jobs.
+            log.error("the files of %s cannot be looked through", job.id, exc_info=found)
+            message = "the file cannot be read; its rows are JSON objects as the published API has them"
+            error = {"code": "invalid_file", "message": message, "param": "training_file"}
         if await tuning.settle_check(self._database, job.id, error):
             message = "Files validated, the job waits for its turn" if error is None else f"Failed: {error['message']}"
             level: Literal["info", "error"] = "info" if error is None else "error"

@@ -20,6 +20,7 @@ from fledge.config import to_json
 from fledge.data.package import cache_home
 from fledge.files import sha256_file
 from fledge.recipes.align import plan_of
+from fledge.recipes.desk import Desk
 from fledge.recipes.tuning import FileError, JobFolder, order_of, result_name, take_in
 from fledge.store import tuning
 from fledge.store.blobs import Blobs
@@ -214,6 +215,36 @@ async def test_files_that_cannot_be_learned_from_are_refused_with_their_line(
         await taken_in(place, kind, rows)
     assert caught.value.param == "training_file"
     assert str(place.folder) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("reinforcement", '{"messages": ' + "[" * 100_000),
+        ("supervised", '{"messages": ' + "9" * 5000 + "}"),
+        ("reinforcement", '{"messages": ' + "9" * 5000 + "}"),
+    ],
+)
+async def test_a_file_that_cannot_even_be_parsed_fails_its_job_and_no_others(
+    place: Place, kind: str, line: str
+) -> None:
+    bad = await place.begin(ROWS[kind]()[:11], method(kind))
+    file = await find_file(place.database, "alice", bad.training_file)
+    assert file is not None
+    place.blobs.path(file.sha256).write_text(line + "\n", encoding="utf-8")
+    good = await place.begin(chats(), method("supervised"))
+    with Desk(str(place.database._url), "w", place.folder):
+        failed = await until_checked(place, bad)
+        assert (failed.status, failed.error and failed.error["code"]) == ("failed", "invalid_file")
+        assert (await until_checked(place, good)).status == "queued"
+
+
+async def until_checked(place: Place, job: TuningJobRow) -> TuningJobRow:
+    for _ in range(400):
+        if (found := await place.job(job)).status != "validating_files":
+            return found
+        await asyncio.sleep(0.02)
+    raise AssertionError("nobody has looked through its files")
 
 
 async def test_a_result_is_named_as_published(place: Place) -> None:
