@@ -96,8 +96,8 @@ def recognised(head: Sequence[Row]) -> Format:
     that one row without its marks does not make another format of the whole file. `DataError` naming the keys of the
     first row if none knows any.
     """
-    known = [{row.name for row in FORMATS if row.load().recognises(each.record)} for each in head]
-    counts = [sum(row.name in (names - {FORMATS[-1].name} or names) for names in known) for row in FORMATS]
+    knowing = [{row.name for row in FORMATS if row.load().recognises(each.record)} for each in head]
+    counts = [sum(row.name in (names - {FORMATS[-1].name} or names) for names in knowing) for row in FORMATS]
     if not any(counts):
         keys = ", ".join(head[0].record) or "none"
         known = ", ".join(row.name for row in FORMATS)
