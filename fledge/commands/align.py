@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.commands.running import add_run_options, listener_of
-from fledge.errors import ConfigError
+from fledge.errors import ConfigError, nearest
 
 
 def add_parser(subparsers: Any) -> None:
@@ -98,7 +98,6 @@ def _order(args: argparse.Namespace) -> Any:
 
     if args.method is None or args.model is None:
         raise ConfigError("which method, which model? `fledge align dpo RUN:sft --data FILE`; --list shows methods")
-    options = _json_object(args.verifier_options)
     if args.members is not None and args.method != "reward":
         raise ConfigError(f"--members belongs to reward, which trains an ensemble; leave it out of {args.method}")
     members = () if args.members is None else (f"train.members={args.members}",)
@@ -114,7 +113,7 @@ def _order(args: argparse.Namespace) -> Any:
         lora=args.lora,
         lora_targets=None if args.lora_targets is None else tuple(args.lora_targets),
         rewards=[_weighed(text, "--reward") for text in args.reward],
-        verifiers=[(*_weighed(text, "--verifier"), options) for text in args.verifier],
+        verifiers=_verifiers(args),
         functions=[_weighed(text, "--function") for text in args.function],
         caution=args.caution,
         rules=RuleOrder(ruling, ids, args.constitution, args.language),
@@ -129,6 +128,25 @@ def _order(args: argparse.Namespace) -> Any:
         runs=args.runs,
         tensorboard=args.tensorboard,
     )
+
+
+def _verifiers(args: argparse.Namespace) -> list[tuple[str, float, dict[str, Any]]]:
+    """(name, weight, options) of each; `--verifier-options` is one object for all, and each takes what it knows."""
+    from fledge.rl.verifier import OPTIONS
+
+    options = _json_object(args.verifier_options)
+    named = [_weighed(text, "--verifier") for text in args.verifier]
+    known = {option for name, _ in named for option in OPTIONS.get(name, options)}
+    if args.verifier_options is not None and not named:
+        raise ConfigError("--verifier-options belong to a verifier; name one with --verifier")
+    for option in options.keys() - known:
+        whose = " and ".join(name for name, _ in named)
+        near = f"; {nearest(option, sorted(known))}" if known else ""
+        raise ConfigError(f"--verifier-options: '{option}' is no option of {whose}{near}")
+    return [
+        (name, weight, {key: value for key, value in options.items() if key in OPTIONS.get(name, options)})
+        for name, weight in named
+    ]
 
 
 def _weighed(text: str, option: str) -> tuple[str, float]:

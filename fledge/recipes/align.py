@@ -44,6 +44,7 @@ from fledge.recipes.align_settings import SAFETY_SHARE, Scope, settings_of, with
 from fledge.recipes.card_page import write_card
 from fledge.recipes.interrupts import Interrupts
 from fledge.recipes.measure import context_of
+from fledge.recipes.plan import MAX_SEED
 from fledge.recipes.ring import Board, Listener, NoBoard, RingRun, Stage, run_stages
 from fledge.recipes.runs import locked, open_run
 from fledge.train.device import default_device, raise_malloc_thresholds
@@ -164,7 +165,9 @@ def align(order: AlignOrder, listener: Listener, interrupts: Interrupts | None =
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # see recipes/raise_.py
     raise_malloc_thresholds()
     default_name = f"{order.model.partition(':')[0].rstrip('/').rpartition('/')[2]}-{plan.method}"
-    path, notice = open_run(order.name or default_name, {"fledge": fledge.__version__, **to_json(plan)}, order.runs)
+    path, notice = open_run(
+        default_name if order.name is None else order.name, {"fledge": fledge.__version__, **to_json(plan)}, order.runs
+    )
     if notice:
         listener.stage("plan", "note", notice)
     interrupts = interrupts or Interrupts()
@@ -213,6 +216,8 @@ def _refuse_contradictions(order: AlignOrder, method: Method) -> None:
         raise ConfigError(f"--caution {order.caution}: expected 0 or more spreads to take off an ensemble's mean")
     if order.judge is not None and order.judge in {name for name, _ in (*order.rewards, *order.rules.models)}:
         raise ConfigError(f"--judge {order.judge} is trained against; a gold judge must be another model (C58)")
+    if not 0 <= order.seed <= MAX_SEED:
+        raise ConfigError(f"--seed {order.seed}: expected 0 to {MAX_SEED}")
     if order.lr is not None and not 0 < order.lr < float("inf"):
         raise ConfigError(f"--lr {order.lr}: expected a positive number")
     if not order.data:

@@ -6,10 +6,14 @@ knows stands under `train`, in the settings class of that method (align_settings
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fledge.config import check_range
+from fledge.errors import ConfigError
 from fledge.layers.lora import LoraConfig
+from fledge.recipes.plan import MAX_SEED
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ class RewardPart:
     caution: float = 0.0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.weight) or self.weight == 0:
+            what = f"the reward '{self.name}' has the weight {self.weight:g}"
+            raise ConfigError(f"{what}: expected a finite number other than 0; leave the part out instead")
         if not 0 <= self.caution < float("inf"):
             raise ValueError(f"caution must be 0 or more, got {self.caution}")
 
@@ -170,6 +177,9 @@ class AlignPlan:
     checkpoints: int = 0
 
     def __post_init__(self) -> None:
+        for config in (self, self.train):
+            if hasattr(config, "seed"):
+                check_range(config, "seed", 0, MAX_SEED)
         if self.checkpoints < 0 or self.episodes_kept < 0 or self.soft_prompt == 0:
             raise ValueError(f"checkpoints and episodes_kept must be 0 or more, soft_prompt 1 or more, got {self}")
 

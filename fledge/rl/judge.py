@@ -21,7 +21,7 @@ from typing import Any, Self
 import fledge
 from fledge.errors import ConfigError, nearest
 from fledge.rl.confine import can_filter
-from fledge.rl.verifier import VERIFIERS
+from fledge.rl.verifier import OPTIONS, VERIFIERS
 
 GRACE_SECONDS = 5.0  # beyond an answer's own time, before a sandbox that says nothing is given up
 
@@ -50,6 +50,10 @@ class Verifier:
     def __post_init__(self) -> None:
         if self.name not in VERIFIERS:
             raise ConfigError(f"no verifier is called '{self.name}'; {nearest(self.name, VERIFIERS)}")
+        for option in self.options.keys() - OPTIONS[self.name]:
+            raise ConfigError(
+                f"the verifier '{self.name}' has no option '{option}'; {nearest(option, OPTIONS[self.name])}"
+            )
         if self.name == "custom" and not {"path", "function"} <= self.options.keys():
             raise ConfigError("the verifier 'custom' needs the options path (a Python file) and function")
         if self.limits.filtered and not can_filter():

@@ -140,6 +140,16 @@ VERIFIERS: dict[str, Verifier] = {
     "custom": custom,
     "grader": grader,
 }
+# What each of them can be told; whoever offers one of these takes nothing else, so that a slip is no silent default.
+OPTIONS: dict[str, frozenset[str]] = {
+    "exact_match": frozenset({"ignore_case"}),
+    "numeric_answer": frozenset({"last_number", "tolerance"}),
+    "regex": frozenset({"pattern", "whole"}),
+    "json_validity": frozenset({"keys"}),
+    "python_tests": frozenset({"partial"}),
+    "custom": frozenset({"path", "function"}),
+    "grader": frozenset({"grader", "check"}),
+}
 # What a user of the server may have run: these open no file at all, so nothing on the machine can be read.
 SEALED = {"grader"}
 # Where code that dies or hangs is the answer's own and has failed; elsewhere the verifier has.

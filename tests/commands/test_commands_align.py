@@ -50,6 +50,11 @@ def test_plan_shows_what_would_be_done_and_does_nothing(folder: Path, capsys: py
     assert not (folder / "runs" / "tiny-dpo").exists()
 
 
+DPO = ("dpo", "tiny:sft", "--data", "PAIRS")
+GRPO = ("grpo", "tiny:sft", "--data", "PAIRS")
+SUMS = (*GRPO, "--verifier", "numeric_answer")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -66,6 +71,17 @@ def test_plan_shows_what_would_be_done_and_does_nothing(folder: Path, capsys: py
         (("grpo", "tiny:sft", "--data", "PAIRS", "--reward", "tiny:reward=much"), "is no weight"),
         (("grpo", "tiny:sft", "--data", "PAIRS", "--verifier", "numeric"), "no verifier is called 'numeric'"),
         (("grpo", "tiny:sft", "--data", "PAIRS", "--verifier", "regex", "--verifier-options", "[]"), "JSON object"),
+        (
+            (*SUMS, "--verifier", "regex", "--verifier-options", '{"last_numbr": true}'),
+            "'last_numbr' is no option of numeric_answer and regex; did you mean 'last_number'?",
+        ),
+        ((*GRPO, "--reward", "tiny:reward", "--verifier-options", "{}"), "name one with --verifier"),
+        ((*GRPO, "--reward", "tiny:reward=nan"), "the reward 'tiny:reward' has the weight nan"),
+        ((*GRPO, "--verifier", "regex=0"), "the reward 'regex' has the weight 0"),
+        ((*DPO, "--seed", "-1"), "--seed -1: expected 0 to"),
+        ((*DPO, "--set", "seed=-1"), "seed is -1: expected 0"),
+        ((*GRPO, "--reward", "tiny:reward", "--set", "train.seed=-1"), "seed is -1: expected 0"),
+        ((*DPO, "--name", ""), "'' cannot name a run"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line_before_any_work(
@@ -77,6 +93,14 @@ def test_what_cannot_be_done_is_refused_in_one_line_before_any_work(
     assert complaint in said
     assert said.count("\n") == 1
     assert {path.name for path in (folder / "runs").iterdir()} <= {"tiny", "tiny-dpo"}
+
+
+def test_each_verifier_is_told_the_options_that_it_knows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = json.dumps({"last_number": True, "pattern": "7"})
+    sums = (str(folder / "sums.jsonl") if word == "PAIRS" else word for word in SUMS)
+    assert fledge(folder, *sums, "--verifier", "regex=0.5", "--verifier-options", options, "--plan") == 0
+    rewards = json.loads(capsys.readouterr().out)["rewards"]
+    assert [part["options"] for part in rewards] == [{"last_number": True}, {"pattern": "7"}]
 
 
 def test_what_it_makes_can_be_talked_with_by_its_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

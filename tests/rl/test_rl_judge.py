@@ -140,6 +140,7 @@ def test_c54_sandbox_that_dies_is_told_and_replaced():
     [
         lambda: Verifier("exact_math"),
         lambda: Verifier("custom", {"path": "x.py"}),
+        lambda: Verifier("numeric_answer", {"last_numbr": True}),
         lambda: Limits(seconds=0),
         lambda: Limits(memory_bytes=1000),
     ],
