@@ -4,7 +4,7 @@ Small models spend most of such a step outside their matrix products, between op
 that. Only for up to `MAX_ROWS` answers at once: beyond, the products rule and there is little to win. Everything a
 graph reads is written into buffers that stay where they are.
 
-Compiling takes its time (the first time on a machine some 20 seconds for a model of a few layers and minutes for one of
+Compiling takes its time (the first time on a machine most of a minute for a model of a few layers and minutes for one of
 thirty, later a tenth of that): at the start and, where attention has no kernel and gathers whole tables, when answers
 outgrow their width, which then doubles. Compiled and eager code round differently, so an answer may in rare ties differ
 from an uncompiled engine's.
@@ -153,6 +153,12 @@ def _no_guards(guards: Sequence[object]) -> list[bool]:
 @contextmanager
 def _silence() -> Iterator[None]:
     """While torch compiles, it warns of things of its own making."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    inductor = logging.getLogger("torch._inductor")
+    level = inductor.level
+    inductor.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        inductor.setLevel(level)
