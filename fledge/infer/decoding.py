@@ -4,7 +4,7 @@ Small models spend most of such a step outside their matrix products, between op
 that. Only for up to `MAX_ROWS` answers at once: beyond, the products rule and there is little to win. Everything a
 graph reads is written into buffers that stay where they are.
 
-Compiling takes its time (the first time on a machine most of a minute for a model of a few layers and minutes for one of
+Compiling takes its time (the first time on a machine most of a minute for a model of a few layers, minutes for one of
 thirty, later a tenth of that): at the start and, where attention has no kernel and gathers whole tables, when answers
 outgrow their width, which then doubles. Compiled and eager code round differently, so an answer may in rare ties differ
 from an uncompiled engine's.
