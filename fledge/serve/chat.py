@@ -43,7 +43,7 @@ async def create(
     principal: Annotated[Principal, Depends(needs("generate"))],
     is_kept: Keep = False,
 ) -> Response:
-    request.state.notes.update(obey(CHAT_FIELDS, body, notes_in(body.messages)))
+    request.state.notes.update(obey(CHAT_FIELDS, body, [*notes_in(body.messages), *body.inert_parts]))
     if body.top_logprobs is not None and not body.logprobs and body.top_logprobs > 0:
         raise refused("'top_logprobs' needs 'logprobs' to be true", "top_logprobs", "invalid_value")
     chat = Chat(state_of(request), principal, body, to_toolbox(body), request.state.notes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 from fledge.errors import UserError
 from fledge.serve.chat_wire import ChatMessage, ChatRequest, ContentPart, FunctionSpec, ResponseFormat
 from fledge.serve.errors import refused
+from fledge.serve.wire import extras_of, unknown_field
 from fledge.text.tools import CallStyle, Tool, call_grammar
 from fledge.types import CallPart, Conversation, Grammar, Message, Role, TextPart
 
 _ROLES: dict[str, Role] = {"developer": "system", "function": "tool"}
-_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_MAX_NOTES = 16  # that a header tells of
+_TEXTS = ("text", "refusal")  # parts that are read
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,19 @@ def to_conversation(messages: Sequence[ChatMessage], toolbox: Toolbox) -> Conver
 
 
 def notes_in(messages: Sequence[ChatMessage]) -> list[str]:
-    """Fields of the assistant's messages that are no part of the published ones: what a client library noted in the
-    answer that it sends back. They are without effect. 400 for such a field in anybody else's message, and for what
-    is no name of a field: the names stand in a header."""
+    """Fields of messages that are read by nobody, and so without effect: what a client library noted in the assistant's
+    answer that it sends back, and what stands in parts beside their text. 400 for such a field in anybody else's
+    message."""
     found = []
     for i, message in enumerate(messages):
-        for name in message.model_extra or ():
-            if message.role != "assistant" or not _FIELD.fullmatch(name):
-                place = f"messages[{i}].{name[:64]}"
-                raise refused(f"Unrecognized request argument supplied: {place}", place, "unknown_parameter")
-            found.append(f"messages.{name}")
-    return list(dict.fromkeys(found))[:_MAX_NOTES]
+        extras = extras_of(message, "messages", f"messages[{i}]")
+        if extras and message.role != "assistant":
+            raise unknown_field(f"messages[{i}].{extras[0].partition('.')[2]}")
+        found += extras
+        for k, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.type in _TEXTS:
+                found += extras_of(part, "messages.content", f"messages[{i}].content[{k}]")
+    return found
 
 
 def _text(message: ChatMessage, where: str) -> str:

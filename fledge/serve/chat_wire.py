@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from fledge.serve.wire import Answer, FieldRule, Metadata, Name, Wire
+from fledge.serve.wire import Answer, FieldRule, Metadata, Name, Wire, extras_of
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -160,6 +160,15 @@ class ChatRequest(Sampling):
     prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: Annotated[str, StringConstraints(max_length=64)] | None = None
 
+    @property
+    def inert_parts(self) -> list[str]:
+        """Parts of honoured fields that are without effect here, messages aside."""
+        schema = None if self.response_format is None else self.response_format.json_schema
+        found = [] if schema is None or schema.description is None else ["response_format.json_schema.description"]
+        for i, tool in enumerate(self.tools or ()):
+            found += extras_of(tool, "tools", f"tools[{i}]") if tool.type == "function" else []
+        return found
+
 
 class ChatUpdate(Wire):
     metadata: Metadata | None
@@ -213,7 +222,8 @@ CHAT_FIELDS = (
     FieldRule(
         "messages",
         "honoured",
-        "text; parts of other kinds are refused by name. What a client notes in the assistant's own messages is inert",
+        "text; parts of other kinds are refused by name. What a client notes in the assistant's own messages, or in a "
+        "part beside its text, is inert",
     ),
     FieldRule("metadata", "honoured", "kept with a stored completion"),
     FieldRule("logprobs", "honoured", "of the model's own distribution, before temperature and penalties"),

@@ -66,7 +66,7 @@ class Compaction(Answer):
 async def compact(
     request: Request, body: CompactRequest, principal: Annotated[Principal, Depends(needs("generate"))]
 ) -> Response:
-    request.state.notes.update(obey(COMPACT_FIELDS, body))
+    request.state.notes.update(obey(COMPACT_FIELDS, body, body.inert_parts))
     state = state_of(request)
     notes: dict[str, str] = request.state.notes
 

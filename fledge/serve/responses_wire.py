@@ -5,12 +5,13 @@ Source: openapi 2.3.0, `CreateResponse`, `Response`, `InputItem`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
 from fledge.serve.chat_wire import ModerationWish, Sampling, TokenCount
-from fledge.serve.wire import Answer, FieldRule, IncludeName, Metadata, Name, Wire
+from fledge.serve.wire import Answer, FieldRule, IncludeName, Metadata, Name, Wire, extras_of
 
 LOGPROBS = "message.output_text.logprobs"  # what of `include` there is
 
@@ -77,6 +78,16 @@ class ConversationRef(Wire):
     id: str
 
 
+def notes_in(items: Sequence[InputItem], place: str) -> list[str]:
+    """What items hold that is read by nobody, and so without effect."""
+    found = []
+    for i, item in enumerate(items):
+        found += extras_of(item, place, f"{place}[{i}]")
+        for k, part in enumerate(item.content if isinstance(item.content, list) else ()):
+            found += extras_of(part, f"{place}.content", f"{place}[{i}].content[{k}]")
+    return found
+
+
 class EarlierContext(Wire):
     """What is asked now, and where to find what came before: common to a response, its count and its compaction."""
 
@@ -84,6 +95,11 @@ class EarlierContext(Wire):
     instructions: str | None = None
     previous_response_id: str | None = None
     conversation: str | ConversationRef | None = None
+
+    @property
+    def inert_parts(self) -> list[str]:
+        """Parts of honoured fields that are without effect here."""
+        return notes_in(self.input, "input") if isinstance(self.input, list) else []
 
 
 class ResponseContext(EarlierContext):
@@ -99,8 +115,14 @@ class ResponseContext(EarlierContext):
 
     @property
     def inert_parts(self) -> list[str]:
-        """Parts of honoured fields that are without effect here."""
-        return ["text.verbosity"] if self.text is not None and self.text.verbosity is not None else []
+        found = super().inert_parts
+        for i, tool in enumerate(self.tools or ()):
+            found += extras_of(tool, "tools", f"tools[{i}]")
+        if self.text is not None and self.text.verbosity is not None:
+            found.append("text.verbosity")
+        if self.text is not None and self.text.format is not None and self.text.format.description is not None:
+            found.append("text.format.description")
+        return found
 
 
 class CountRequest(ResponseContext):
@@ -155,7 +177,8 @@ class ResponseObject(Answer):
 INPUT_FIELD = FieldRule(
     "input",
     "honoured",
-    "texts, calls and their results, references to what stored responses said; other items are refused by name",
+    "texts, calls and their results, references to what stored responses said; other items are refused by name, what "
+    "else an item holds is inert",
 )
 CONTEXT_FIELDS = (
     FieldRule("model", "honoured", "without it, the first model that the server was started with"),

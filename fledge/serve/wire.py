@@ -6,6 +6,7 @@ by name. Each resource has one table that says so; its routes obey it and the do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Query
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from fledge.serve.errors import refused
+from fledge.serve.errors import ApiError, refused
 from fledge.store.pages import Cursor, Order, UnknownCursor
 
 
@@ -52,6 +53,9 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+MAX_NOTES = 16  # inert parts of fields that a header tells of
+
 FieldState = Literal["honoured", "inert", "refused", "extension"]
 
 
@@ -68,7 +72,7 @@ class FieldRule:
 
 def obey(rules: Sequence[FieldRule], body: BaseModel, inert_parts: Sequence[str] = ()) -> dict[str, str]:
     """Refuse what the table refuses; the header that names the inert fields of this request, and parts of fields."""
-    inert = list(inert_parts)
+    inert = list(dict.fromkeys(inert_parts))[:MAX_NOTES]
     for rule in rules:
         value = getattr(body, rule.name, None)
         if value is None or rule.name not in body.model_fields_set:
@@ -79,6 +83,21 @@ def obey(rules: Sequence[FieldRule], body: BaseModel, inert_parts: Sequence[str]
         if rule.state == "inert":
             inert.append(rule.name)
     return {"x-fledge-inert": ", ".join(inert)} if inert else {}
+
+
+def extras_of(value: BaseModel, what: str, place: str) -> list[str]:
+    """What a value holds beside the fields that are read, as `what.NAME`: it is without effect. 400, naming the place,
+    for what is no name of a field: the names stand in a header."""
+    found = []
+    for name in value.model_extra or ():
+        if not _FIELD.fullmatch(name):
+            raise unknown_field(f"{place}.{name[:64]}")
+        found.append(f"{what}.{name}")
+    return found
+
+
+def unknown_field(place: str) -> ApiError:
+    return refused(f"Unrecognized request argument supplied: {place}", place, "unknown_parameter")
 
 
 def list_answer(items: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:

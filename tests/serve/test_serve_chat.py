@@ -195,6 +195,22 @@ async def test_what_a_client_noted_in_an_answer_comes_back_without_effect(
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter")
 
 
+async def test_published_parts_without_effect_are_named_in_the_header(client: httpx2.AsyncClient) -> None:
+    part = {"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    form = {"name": "x", "description": "what it is for", "schema": {"type": "object"}}
+    answer = await ask(
+        client,
+        messages=[{"role": "user", "content": [part, part]}],
+        response_format={"type": "json_schema", "json_schema": form},
+        tools=[{**TOOL, "defer": True}],
+    )
+    names = ["messages.content.prompt_cache_breakpoint", "response_format.json_schema.description", "tools.defer"]
+    assert answer.headers["x-fledge-inert"] == ", ".join(names)
+    for wrong in ({**part, "a\r\nb": 1}, {**part, "": 1}):
+        answer = await ask(client, messages=[{"role": "user", "content": [wrong]}])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 2.1}, "temperature", "invalid_value"),
     ({"temperature": "1"}, "temperature", "invalid_value"),

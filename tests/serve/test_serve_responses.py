@@ -313,6 +313,19 @@ async def test_parts_of_fields_that_are_without_effect_are_named_in_the_header(c
     assert answer.headers["x-fledge-inert"] == "text.verbosity, include.reasoning.encrypted_content, user"
 
 
+async def test_what_items_and_tools_hold_beside_what_is_read_is_named(client: httpx2.AsyncClient) -> None:
+    part = {"type": "input_text", "text": "Hi", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    form = {"type": "json_schema", "name": "x", "description": "d", "schema": {"type": "object"}}
+    asked = {"input": [{"role": "user", "content": [part], "phase": "commentary"}], "text": {"format": form}}
+    asked["tools"] = [{**ADD, "defer_loading": True}]
+    answer = await client.post(PATH, json={"model": "fake", **asked})
+    names = ["input.phase", "input.content.prompt_cache_breakpoint", "tools.defer_loading", "text.format.description"]
+    assert answer.headers["x-fledge-inert"] == ", ".join(names)
+    wrong = {"role": "user", "content": "x", "a\r\nb: c": 1}
+    answer = await client.post(PATH, json={"model": "fake", "input": [wrong]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[0].a\r\nb: c")
+
+
 async def test_a_body_that_is_no_object_is_told_of_in_words(client: httpx2.AsyncClient) -> None:
     for content in ("[]", "", "3", "null"):
         answer = await client.post(PATH, content=content, headers={"content-type": "application/json"})
