@@ -41,7 +41,10 @@ WRONG = [
     (["raise", "pocket", "--set", 'evaluation.benchmarks=["piqua"]'], "unknown benchmark 'piqua'"),
     (["raise", "pocket", "--text", "no/such/folder"], "no/such/folder"),
     (["raise", "pocket", "--text", "."], "no text in it"),
-    (["raise", "pocket", "--text", "~no-such-user/notes"], "--text ~no-such-user/notes: "),
+    (
+        ["raise", "pocket", "--text", "~no-such-user/notes"],
+        "~no-such-user/notes: Could not determine home directory; check",
+    ),
     (["raise", "pocket", "--set", "depth=6"], "--set depth: it only says what was asked for; give --depth"),
     (["raise", "pocket", "--set", "recipe=fledgling"], "name another recipe"),
     (["raise", "pocket", "--set", "corpus.text=notes"], "give --text"),

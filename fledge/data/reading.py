@@ -78,9 +78,8 @@ def real_path(path: Path, setting: str) -> Path:
     except FileNotFoundError as error:
         raise DataError(f"{setting} {shown(path)}: there is no such folder or file; check the path") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, `~` of an unknown user
-        raise DataError(
-            f"{setting} {shown(path)}: {getattr(error, 'strerror', None) or error}; check the path"
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise DataError(f"{setting} {shown(path)}: {reason}; check the path") from error
     return place
 
 
