@@ -92,7 +92,7 @@ def resolve_model(spec: str, runs: Path = Path("runs")) -> Path:
     finished = [stage for stage in stages if (run / stage / "manifest.json").is_file()]
     if not colon and finished:
         return run / finished[0] / "model"
-    have = ", ".join(reversed(finished)) or "none yet"
+    have = ", ".join(one for one in reversed(finished) if (run / one / "model" / "run.json").is_file()) or "none yet"
     if not colon:
         raise RunError(f"run '{name}' has no finished model to talk with; finish it with the command that began it")
     if re.fullmatch(r"[\w-]+/[\w-]+", stage) and (run / stage / "run.json").is_file():

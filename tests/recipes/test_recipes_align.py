@@ -194,6 +194,12 @@ def test_what_stands_in_a_file_of_another_kind_is_said_in_words(folder: Path) ->
             align(order(folder, "dpo", data=(folder / f"{name}.jsonl",)), Silent())
 
 
+def test_a_stage_that_lost_its_model_is_not_among_those_that_have_one(folder: Path) -> None:
+    (folder / "runs" / "tiny" / "sft" / "model" / "run.json").unlink()
+    with pytest.raises(UserError, match=r"no model 'sft'; finished stages with one: (?!.*sft)"):
+        align(order(folder, "dpo"), Silent())
+
+
 def test_a_file_that_is_missing_is_named_with_its_option(folder: Path) -> None:
     nowhere = folder / "nowhere.jsonl"
     for option, changes in (
