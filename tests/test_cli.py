@@ -43,7 +43,7 @@ WRONG = [
     (["raise", "pocket", "--text", "."], "no text in it"),
     (
         ["raise", "pocket", "--text", "~no-such-user/notes"],
-        "~no-such-user/notes: Could not determine home directory; check",
+        "notes: Could not determine home directory; check the path",
     ),
     (["raise", "pocket", "--set", "depth=6"], "--set depth: it only says what was asked for; give --depth"),
     (["raise", "pocket", "--set", "recipe=fledgling"], "name another recipe"),
