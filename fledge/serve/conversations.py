@@ -106,7 +106,9 @@ async def add_items(
     row = await _find(state, principal, conversation_id)
     items = as_items(body.items, "items")
     await stored.add_items(state.database, row.id, items)
-    return json_response(list_answer(items, has_more=False))
+    # An item that was there already has stayed as it was, and that is what is told of it.
+    kept = [await stored.find_item(state.database, row.id, item["id"]) or item for item in items]
+    return json_response(list_answer(kept, has_more=False))
 
 
 @router.get("/{conversation_id}/items", responses={200: {"model": ItemList}})

@@ -34,6 +34,12 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 _TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text")
+_NEEDED = {
+    "message": "'role' and 'content'",
+    "function_call": "'call_id', 'name' and 'arguments'",
+    "function_call_output": "'call_id' and 'output'",
+    "compaction": "'encrypted_content'",
+}
 Item = dict[str, Any]
 SUMMARY = "What was said before, in short: "
 
@@ -93,8 +99,9 @@ def _as_item(item: InputItem, where: str) -> Item:
                 raise refused("this compaction is none of this server's", f"{where}.encrypted_content", "invalid_value")
             content = {"encrypted_content": item.encrypted_content}
             return {"id": item.id or new_id("cmp_"), "type": "compaction", **content}
-        case "message" | "function_call" | "function_call_output" | "compaction":
-            raise refused(f"an item of type '{item.kind}' lacks a field", where, "missing_required_parameter")
+        case kind if kind in _NEEDED:
+            message = f"an item of type '{kind}' needs {_NEEDED[kind]}"
+            raise refused(message, where, "missing_required_parameter")
         case _:
             message = f"items of type '{item.kind[:50]}' are not supported"
             raise refused(message, f"{where}.type", "unsupported_content")

@@ -135,3 +135,13 @@ async def test_compaction_needs_its_model_and_an_owner(client: httpx2.AsyncClien
     async with server.client("bob") as bob:
         answer = await bob.post(f"{RESPONSES}/compact", json={"model": "fake", "previous_response_id": first})
         assert answer.status_code == 404
+
+
+async def test_an_item_that_is_there_already_stays_and_is_told_of_as_it_is(client: httpx2.AsyncClient) -> None:
+    made = (await client.post("/v1/conversations", json={})).json()["id"]
+    place = f"/v1/conversations/{made}/items"
+    for text in ("first", "second"):
+        item = {"id": "msg_1", "role": "user", "content": text}
+        told = (await client.post(place, json={"items": [item]})).json()["data"]
+        assert [one["content"][0]["text"] for one in told] == ["first"]
+    assert (await client.get(f"{place}/msg_1")).json()["content"][0]["text"] == "first"

@@ -332,3 +332,21 @@ async def test_a_body_that_is_no_object_is_told_of_in_words(client: httpx2.Async
         assert answer.status_code == 400
         assert "body" in answer.json()["error"]["message"]
         assert "None" not in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("item", "needed"),
+    [
+        ({"type": "message", "role": "user"}, "'content'"),
+        ({"type": "function_call", "name": "add", "arguments": "{}"}, "'call_id'"),
+        ({"type": "function_call_output", "output": "3"}, "'call_id'"),
+        ({"type": "compaction"}, "'encrypted_content'"),
+    ],
+)
+async def test_an_item_that_lacks_a_field_is_told_which_it_needs(
+    client: httpx2.AsyncClient, item: dict[str, Any], needed: str
+) -> None:
+    answer = await client.post(PATH, json={"model": "fake", "input": [item]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "input[0]", "missing_required_parameter")
+    assert needed in error["message"]
