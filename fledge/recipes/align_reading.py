@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fledge.config import to_json
-from fledge.data.feedback import FeedbackExample
+from fledge.data.feedback import FeedbackExample, prompt_of
 from fledge.data.interchange import read
 from fledge.data.pii import Taken, redacted, without_pii
-from fledge.data.prompt_split import Sides, require_disjoint, split_by_prompt, without_common_prefixes
+from fledge.data.prompt_split import Sides, family_text, require_disjoint, split_by_prompt, without_common_prefixes
 from fledge.data.reading import Drops
 from fledge.data.records import LINE_SUFFIXES, BadRow, Intake
 from fledge.errors import DataError, UserError
@@ -64,8 +64,9 @@ def data_stage(context: Context) -> None:
         sides = Sides(tuple(found), others, 0, 0)
     for name, side in ((TRAIN, sides.train), (HELD_OUT, sides.validation)):
         if not side:
+            rows = _usable_rows(found, turned_away, plan)
             raise DataError(
-                f"{', '.join(plan.paths)}: {len(found)} usable rows leave none for '{name.replace('_', ' ')}' "
+                f"{', '.join(plan.paths)}: {rows} leave none for '{name.replace('_', ' ')}' "
                 f"(prompts are split by their hash, {plan.held_out_share:.0%} held out); bring more, raise "
                 "data.held_out_share, or give --held-out"
             )
@@ -78,6 +79,19 @@ def data_stage(context: Context) -> None:
     _write_side(context, SAFETY_TRAIN, apart.train)
     _write_side(context, SAFETY_HELD_OUT, apart.validation)
     _report(context, sides, apart, turned_away)
+
+
+def _usable_rows(found: Sequence[FeedbackExample], turned_away: TurnedAway, plan: DataPlan) -> str:
+    """How many rows there are, of how many prompts that the split tells apart, and how many more there were."""
+    prompts = len({family_text(prompt_of(example)) for example in found})
+    others = {
+        "skipped": sum(turned_away.bad.counts.values()),
+        "with personal data left out": turned_away.personal.examples if plan.personal == "drop" else 0,
+        "whose prompts begin like others left out": turned_away.prefixes,
+    }
+    return ", ".join(
+        [f"{len(found)} usable rows of {prompts} prompts", *(f"{n} {why}" for why, n in others.items() if n)]
+    )
 
 
 def _write_side(context: Context, name: str, side: Sequence[FeedbackExample]) -> None:

@@ -200,6 +200,18 @@ def test_a_stage_that_lost_its_model_is_not_among_those_that_have_one(folder: Pa
         align(order(folder, "dpo"), Silent())
 
 
+def test_too_few_prompts_are_refused_with_what_became_of_the_rows(folder: Path) -> None:
+    row = world.data()["pairs"][0]
+    same = world.write_rows(folder / "same.jsonl", [row] * 5)
+    with pytest.raises(DataError, match="5 usable rows of 1 prompts leave none for"):
+        align(order(folder, "dpo", data=(same,)), Silent())
+    rows = [{**row, "chosen": f"ask ann{n}@example.com"} for n in range(3)]
+    personal = world.write_rows(folder / "personal.jsonl", [*rows, {"prompt": "no pair"}])
+    chosen = order(folder, "dpo", "data.personal=drop", data=(personal,), skip_bad=True)
+    with pytest.raises(DataError, match="0 usable rows of 0 prompts, 1 skipped, 3 with personal data left out leave"):
+        align(chosen, Silent())
+
+
 def test_a_file_that_is_missing_is_named_with_its_option(folder: Path) -> None:
     nowhere = folder / "nowhere.jsonl"
     for option, changes in (
