@@ -25,7 +25,8 @@ from fledge.recipes.runs import resolve_model
 from fledge.safety.classifier import checked_thresholds
 from fledge.safety.guard import GuardConfig
 from fledge.serve.app import make_app, make_state
-from fledge.serve.hub import ModelEntry
+from fledge.serve.errors import ApiError
+from fledge.serve.hub import Hub, ModelEntry
 from fledge.serve.loading import CACHE_BYTES, ProcessLoader, read_renderer
 from fledge.serve.moderation import Moderator, open_moderator
 from fledge.serve.state import ServerConfig, State
@@ -103,7 +104,10 @@ def run(args: argparse.Namespace) -> int:
     entries = model_entries(args.models, args.alias, args.runs, args.adapter)
     if args.cache_mb < 1 or (args.memory_mb is not None and args.memory_mb < 1):
         raise UserError("--cache-mb and --memory-mb are at least 1")
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads {args.threads}: at least 1")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # the steps of a migration are nobody's news
     draft = None if args.draft is None else resolve_model(args.draft, args.runs).resolve()
     engine = {"cache_bytes": args.cache_mb << 20, "cache_type": args.cache_type, "compile": args.compile}
     loader = ProcessLoader(engine, args.device, args.threads, draft)
@@ -233,13 +237,22 @@ async def _listen(state: State, host: str, listener: socket.socket) -> None:
         timeout_graceful_shutdown=int(state.config.drain_seconds),
     )
     server = uvicorn.Server(config)
-    if state.hub.default is not None:
-        await state.hub.warm(state.hub.default)
+    await _warm(state.hub)
     shown = f"[{host}]" if ":" in host else host
     print(f"fledge serves on http://{shown}:{listener.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)
     # uvicorn raises the signal that ended it once more when all is drained; there is still something to close then.
     signal.signal(signal.SIGTERM, lambda *_: None)
     await server.serve(sockets=[listener])
+
+
+async def _warm(hub: Hub) -> None:
+    """Load the first model. `UserError`, of whatever kind it was, if it cannot be: here the operator is the client."""
+    if hub.default is None:
+        return
+    try:
+        await hub.warm(hub.default)
+    except ApiError as error:
+        raise UserError(f"{hub.default}: {error.__cause__ or error}") from error
 
 
 async def _first_key(database: Database, host: str) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from fledge.cli import main
-from fledge.commands.serve import _first_key, bound, model_entries, moderation_of
+from fledge.commands.serve import _first_key, _warm, bound, model_entries, moderation_of
 from fledge.commands.serving import database_url
-from fledge.errors import UserError
+from fledge.errors import EngineDied, UserError
+from fledge.serve.engine import ServedModel
+from fledge.serve.hub import Hub, ModelEntry
 from fledge.serve.loading import ProcessLoader
 from fledge.store.database import Database
 from fledge.store.keys import find_key, list_keys
@@ -106,3 +108,30 @@ def test_an_address_that_cannot_be_had_is_refused_before_anything_is_loaded() ->
             assert "\n" not in str(caught.value)
     with bound("127.0.0.1", 0) as found:
         assert found.getsockname()[1] > 0
+
+
+def test_a_model_that_cannot_be_loaded_is_told_of_in_one_line(tmp_path: Path) -> None:
+    class Refusing(ProcessLoader):
+        async def load(self, name: str, path: Path) -> ServedModel:
+            raise EngineDied("the device 'nonsense' is not there")
+
+    async def warm() -> None:
+        database = Database(database_url())
+        await database.open()
+        try:
+            await _warm(Hub(database, Refusing(), [ModelEntry("mine", 0, "fledge", path=tmp_path)], None))
+        finally:
+            await database.close()
+
+    with pytest.raises(UserError, match=r"^mine: the device 'nonsense' is not there$"):
+        asyncio.run(warm())
+
+
+@pytest.mark.parametrize("options", [["--threads", "0"], ["--threads", "-3"], ["--cache-mb", "0"], ["--port", "x"]])
+def test_numbers_that_make_no_sense_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(["serve", *options]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert options[0] in told
