@@ -128,6 +128,8 @@ def run_agreement(args: argparse.Namespace) -> int:
     """Exit code 0; `DataError` for files in which nothing was judged twice."""
     from fledge.recipes.made_data import Wanted, measure_agreement, take
 
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed}: expected 0 or more")
     found = measure_agreement(take(Wanted(args.labels, args.format, args.skip_bad)), args.seed)
     if args.as_json:
         print(json.dumps(found, ensure_ascii=False))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fledge.config import to_json
+from fledge.config import check_range, to_json
 from fledge.errors import ConfigError
 from fledge.synth.constitutional import prompts_hash
 from fledge.synth.dialogue_texts import PHRASES, answer_prompt, next_speakers
@@ -34,6 +34,7 @@ class AnswerConfig:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=256))
 
     def __post_init__(self) -> None:
+        check_range(self, "seed", 0)
         if min(self.answers, self.batch) < 1:
             raise ConfigError(f"answers and batch must be at least 1, got {self.answers} and {self.batch}")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fledge.config import to_json
+from fledge.config import check_range, to_json
 from fledge.data.prompt_split import prompt_text
 from fledge.errors import ConfigError, DataError
 from fledge.synth.dialogue_texts import PHRASES, Phrases, answer_prompt, dialogue_text, next_speakers
@@ -55,6 +55,7 @@ class RevisionConfig:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=512))
 
     def __post_init__(self) -> None:
+        check_range(self, "seed", 0)
         if min(self.revisions, self.batch) < 1:
             raise ConfigError(f"revisions and batch must be at least 1, got {self.revisions} and {self.batch}")
 
@@ -185,6 +186,7 @@ class LabelConfig:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=256))
 
     def __post_init__(self) -> None:
+        check_range(self, "seed", 0)
         low, high = self.clamp
         if min(self.principles, self.batch) < 1 or not 0 <= low <= 0.5 <= high <= 1:
             raise ConfigError(f"labels need principles and batch of 1 or more and a clamp around 0.5, got {self}")

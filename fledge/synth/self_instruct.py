@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fledge.config import config_hash, to_json
+from fledge.config import check_range, config_hash, to_json
 from fledge.data.self_instruct import Instance, Task, task_record
 from fledge.errors import ConfigError, DataError
 from fledge.files import write_file, write_json
@@ -64,6 +64,7 @@ class SelfInstructConfig:
     batch: int = 32
 
     def __post_init__(self) -> None:
+        check_range(self, "seed", 0)
         counts = (self.target, self.requests, self.human_examples, self.proposals, self.patience, self.batch)
         if min(*counts, self.max_instances, self.worked_examples) < 1 or not 0 < self.max_rouge <= 1:
             raise ConfigError(f"Self-Instruct needs counts of 1 or more and max_rouge in (0, 1], got {self}")

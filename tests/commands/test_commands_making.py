@@ -107,6 +107,8 @@ def test_agreement_reads_labels_of_people_and_models(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert "human and AI labels agree    75.0%" in said
     assert "people with one another      not measured" in said
+    assert cli.main(["constitution", "agreement", str(file), "--seed", "-1"]) == 2
+    assert "--seed -1: expected 0 or more" in capsys.readouterr().err
     assert cli.main(["constitution", "agreement", str(world.write_rows(tmp_path / "one.jsonl", rows[:1]))]) == 2
     assert "none judged by two" in capsys.readouterr().err
 
@@ -121,6 +123,10 @@ def test_agreement_reads_labels_of_people_and_models(tmp_path: Path, capsys: pyt
         (("constitution", "revise", "tiny:sft", "--out", "OUT", "--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
         (("constitution", "rules", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--rules", "x"), "no rule 'x'"),
         (("constitution", "label", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--limit", "0"), "--limit 0"),
+        (("self-instruct", "tiny:sft", "--out", "OUT", "--seed", "-1"), "seed is -1: expected 0 or more"),
+        (("constitution", "revise", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--seed", "-1"), "seed is -1"),
+        (("constitution", "label", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--seed", "-1"), "seed is -1"),
+        (("constitution", "rules", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--seed", "-1"), "seed is -1"),
         (
             ("constitution", "revise", "tiny:sft", "--out", "OUT", "--prompts", "PROMPTS", "--constitution", "no.json"),
             "cannot be read as a constitution",
