@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingHalted as error:
         return _say(f"fledge: training halted: {error}", 1)
     except (Interrupted, KeyboardInterrupt) as error:
-        return _say(f"fledge: {error or 'stopped'}", INTERRUPTED)
+        return _say(f"fledge: {str(error) or 'stopped'}", INTERRUPTED)
     except OSError as error:
         if os.environ.get("FLEDGE_TRACEBACK"):
             raise

@@ -117,6 +117,17 @@ def test_a_full_disk_that_nobody_explained_is_told_with_a_way_out(
     )
 
 
+def test_ctrl_c_before_anybody_listens_is_told_in_a_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fledge.commands.models.run", stopped)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "fledge: stopped\n"
+
+
 def test_a_terminal_that_lacks_a_character_shows_another_and_no_traceback() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "COLUMNS": "120"}
     line = [sys.executable, "-m", "fledge", "data", "list"]
