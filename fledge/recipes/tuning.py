@@ -207,6 +207,15 @@ def _write_prompts(source: Path, param: str, place: Path) -> None:
 
 
 def _rows(source: Path, param: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        yield from _parsed(source, param)
+    except FileError:
+        raise
+    except DataError as error:  # where the file lies is not its owner's matter
+        raise FileError(param, str(error).replace(f"{source}", "the file")) from error
+
+
+def _parsed(source: Path, param: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in lines(source):
         try:
             row = json.loads(line)

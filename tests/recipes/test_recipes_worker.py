@@ -239,6 +239,16 @@ async def test_a_file_that_cannot_even_be_parsed_fails_its_job_and_no_others(
         assert (await until_checked(place, good)).status == "queued"
 
 
+@pytest.mark.parametrize("kind", ["supervised", "reinforcement"])
+async def test_what_is_said_of_a_file_does_not_tell_where_it_lies(place: Place, kind: str) -> None:
+    job = await place.begin(prompts(), method(kind))
+    blob = place.home / "blob"
+    blob.write_bytes(b"\xff\xfe\n" * 20)
+    with pytest.raises(FileError, match="not valid UTF-8") as caught:
+        take_in(job, JobFolder.of(place.folder, job.id), {"training_file": blob})
+    assert str(place.home) not in str(caught.value)
+
+
 async def until_checked(place: Place, job: TuningJobRow) -> TuningJobRow:
     for _ in range(400):
         if (found := await place.job(job)).status != "validating_files":
