@@ -15,10 +15,10 @@ from starlette.responses import Response
 from fledge.serve.auth import Principal, needs
 from fledge.serve.errors import not_found
 from fledge.serve.responses_input import as_items
-from fledge.serve.responses_wire import InputItem
+from fledge.serve.responses_wire import InputItem, notes_in
 from fledge.serve.sse import json_response
 from fledge.serve.state import State, state_of
-from fledge.serve.wire import Answer, Deleted, FieldRule, Include, Metadata, NewestFirst, Wire, list_answer
+from fledge.serve.wire import Answer, Deleted, FieldRule, Include, Metadata, NewestFirst, Wire, list_answer, obey
 from fledge.store import conversations as stored
 from fledge.store.pages import new_id, now
 from fledge.store.tables import ConversationRow
@@ -71,6 +71,7 @@ def show(row: ConversationRow) -> dict[str, Any]:
 @router.post("", responses={200: {"model": Conversation}})
 async def create(request: Request, principal: User, body: ConversationRequest | None = None) -> Response:
     body = body or ConversationRequest()
+    request.state.notes.update(obey(CONVERSATION_FIELDS, body, notes_in(body.items or [], "items")))
     row = ConversationRow(id=new_id("conv_"), created_at=now(), owner=principal.owner, labels=body.metadata)
     await stored.add_conversation(state_of(request).database, row, as_items(body.items or [], "items"))
     return json_response(show(row))
@@ -102,6 +103,7 @@ async def delete(request: Request, conversation_id: str, principal: User) -> Res
 async def add_items(
     request: Request, conversation_id: str, body: ItemsRequest, principal: User, include: Include
 ) -> Response:
+    request.state.notes.update(obey((), body, notes_in(body.items, "items")))
     state = state_of(request)
     row = await _find(state, principal, conversation_id)
     items = as_items(body.items, "items")

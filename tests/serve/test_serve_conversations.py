@@ -145,3 +145,11 @@ async def test_an_item_that_is_there_already_stays_and_is_told_of_as_it_is(clien
         told = (await client.post(place, json={"items": [item]})).json()["data"]
         assert [one["content"][0]["text"] for one in told] == ["first"]
     assert (await client.get(f"{place}/msg_1")).json()["content"][0]["text"] == "first"
+
+
+async def test_what_an_item_holds_beside_what_is_read_is_named_in_the_header(client: httpx2.AsyncClient) -> None:
+    items = [{"role": "user", "content": "x", "phase": "commentary"}]
+    made = await client.post("/v1/conversations", json={"items": items})
+    added = await client.post(f"/v1/conversations/{made.json()['id']}/items", json={"items": items})
+    for answer in (made, added):
+        assert (answer.status_code, answer.headers["x-fledge-inert"]) == (200, "items.phase")
