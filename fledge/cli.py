@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
     try:
-        parsed = _parser(arguments).parse_args(arguments)
+        parsed, unknown = _parser(arguments).parse_known_args(arguments)
+        if unknown:
+            command = f"fledge {_named(arguments) or ''}".rstrip()
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `{command} --help`")
         code: int = parsed.run(parsed)
         return code
     except UserError as error:

@@ -50,7 +50,7 @@ WRONG = [
     (["raise", "pocket", "--set", "corpus.text=notes"], "give --text"),
     (["raise", "pocket", "--set", "pretrain.fit.lanes=0"], "pretrain.fit.lanes: lanes is 0: expected 1 or more"),
     (["raise", "pocket", "--set", "ppo.temperature=0"], "ppo: temperature is 0.0"),
-    (["raise", "pocket", "--frobnicate"], "--frobnicate"),
+    (["raise", "pocket", "--frobnicate"], "--frobnicate; see `fledge raise --help`"),
     (["raise", "pocket", "--dept", "3"], "--dept"),
     (["data", "list", "--js"], "--js"),
     (["raise", "pocket", "--name", "../outside"], "cannot name a run"),
