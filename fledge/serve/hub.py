@@ -2,6 +2,8 @@
 
 A name leads over aliases to a checkpoint folder. What a model needs is estimated by the size of its files and its
 cache; before one is loaded that does not fit into the budget, the models that nobody uses go, longest unused first.
+Where all are in use it waits for them to be left, and who asks later for any model waits behind it: so models that do
+not fit side by side take turns, and none starves.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +26,7 @@ from fledge.store.tables import ModelRow
 log = logging.getLogger(__name__)
 
 _MAX_ALIASES = 8  # that lead from one to the next
+_PATIENCE_SECONDS = 30.0  # of a request that waits for room
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,25 @@ class _Held:
 
 
 class Hub:
-    """`own` are the models that the server was started with; the first of them is the default."""
+    """`own` are the models that the server was started with; the first of them is the default.
 
-    def __init__(self, database: Database, loader: Loader, own: Sequence[ModelEntry], max_bytes: int | None) -> None:
-        self._database, self._loader, self._max_bytes = database, loader, max_bytes
+    A model for which there is no room within `max_bytes` is waited for up to `patience` seconds.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        loader: Loader,
+        own: Sequence[ModelEntry],
+        max_bytes: int | None,
+        patience: float = _PATIENCE_SECONDS,
+    ) -> None:
+        self._database, self._loader, self._max_bytes, self._patience = database, loader, max_bytes, patience
         self._own: Mapping[str, ModelEntry] = {entry.name: entry for entry in own}
         self._held: dict[Path, _Held] = {}
         self._num_uses = 0
+        self._line = asyncio.Lock()  # at its head may stand one who waits for room, and nobody passes
+        self._left = asyncio.Event()  # somebody has left a model
 
     @property
     def default(self) -> str | None:
@@ -135,17 +150,13 @@ class Hub:
     async def use(self, owner: str, name: str) -> AsyncIterator[ServedModel]:
         """The model, loaded, which stays so within this block. 404, 400 for a damaged one, 503 if memory is short."""
         path, own_name, adapted = await self._resolve(owner, name)
-        held = self._held.get(path)
-        if held is None or (held.task.done() and not _is_loaded(held)):
-            held = await self._begin(path, own_name)
-        held.num_users += 1
-        self._num_uses += 1
-        held.used_at = self._num_uses
+        held = await self._enter(path, own_name)
         try:
             model = await asyncio.shield(held.task)
             yield model if adapted is None else await self._adapted(held, model, adapted)
         finally:
             held.num_users -= 1
+            self._left.set()
 
     async def warm(self, name: str) -> None:
         """Load a model that the server was started with."""
@@ -157,13 +168,32 @@ class Hub:
         for one in held:
             await _put_away(one)
 
-    async def _begin(self, path: Path, name: str) -> _Held:
-        """Start loading. Nothing is awaited between the look at what is held and the new entry in it."""
+    async def _enter(self, path: Path, name: str) -> _Held:
+        """What is held of a checkpoint, with one user more; if nothing is, loading begins."""
+        until = asyncio.get_running_loop().time() + self._patience
+        async with self._line:
+            held = self._held.get(path)
+            if held is None or (held.task.done() and not _is_loaded(held)):
+                held = await self._begin(path, name, until)
+            held.num_users += 1
+            self._num_uses += 1
+            held.used_at = self._num_uses
+            return held
+
+    async def _begin(self, path: Path, name: str, until: float) -> _Held:
+        """Start loading. Nothing is awaited between the look at who goes and the new entry in what is held."""
         size = await asyncio.to_thread(self._loader.size, path)
-        held = self._held.get(path)
-        if held is not None and (not held.task.done() or _is_loaded(held)):
-            return held  # somebody else has begun meanwhile
         going = self._to_evict(path, size)
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                while going is None:
+                    self._left.clear()
+                    await self._left.wait()
+                    going = self._to_evict(path, size)
+        if going is None:
+            headers = {"retry-after": "5"}
+            message = "Other models are in use and there is no memory for this one; try again"
+            raise ApiError(503, message, code="no_memory", headers=headers)
         for old in going:
             log.info("%s is put away", old)
         gone = [self._held.pop(old) for old in going]
@@ -194,8 +224,8 @@ class Hub:
         except (UserError, EngineError) as error:
             raise _unavailable(path, error) from error
 
-    def _to_evict(self, path: Path, size: int) -> list[Path]:
-        """Whom to put away so that `size` more bytes fit; 503 if that is not enough."""
+    def _to_evict(self, path: Path, size: int) -> list[Path] | None:
+        """Whom to put away so that `size` more bytes fit; None if too many are in use."""
         others = {other: held for other, held in self._held.items() if other != path}
         total = size + sum(held.size for held in others.values())
         going: list[Path] = []
@@ -207,11 +237,7 @@ class Hub:
                 break
             going.append(other)
             total -= others[other].size
-        if total > self._max_bytes and len(going) < len(others):
-            headers = {"retry-after": "5"}
-            message = "Other models are in use and there is no memory for this one; try again"
-            raise ApiError(503, message, code="no_memory", headers=headers)
-        return going
+        return None if total > self._max_bytes and len(going) < len(others) else going
 
 
 def _is_loaded(held: _Held) -> bool:

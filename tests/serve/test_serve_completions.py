@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from pathlib import Path
@@ -208,7 +209,7 @@ async def test_metrics_count_what_was_done(client: httpx2.AsyncClient) -> None:
 async def test_models_are_loaded_on_demand_and_make_room(server: Server) -> None:
     loader, database = server.loader, server.state.database
     own = [*entries("a", "b", "c"), ModelEntry("alias", 0, "fledge", target="a")]
-    hub = Hub(database, loader, own, max_bytes=200)
+    hub = Hub(database, loader, own, max_bytes=200, patience=0.05)
     async with hub.use("alice", "alias") as model, hub.use("alice", "b"):
         assert model.name == "a"
         with pytest.raises(ApiError, match="no memory"):
@@ -217,6 +218,43 @@ async def test_models_are_loaded_on_demand_and_make_room(server: Server) -> None
     async with hub.use("alice", "c"):
         assert sorted(one.name for one in hub.loaded()) == ["a", "c"]  # b was not used for longest
     assert [path.name for path in loader.loaded] == ["a", "b", "c"]
+    await hub.close()
+
+
+async def test_models_that_do_not_fit_side_by_side_take_turns(server: Server) -> None:
+    """Two readers of one model relieve each other without a gap, and the other model is answered all the same."""
+    hub = Hub(server.state.database, server.loader, entries("a", "b"), max_bytes=100, patience=10.0)
+    has_ended = asyncio.Event()
+
+    async def keep_busy() -> None:
+        while not has_ended.is_set():
+            async with hub.use("alice", "a"):
+                await asyncio.sleep(0.02)
+
+    await hub.warm("a")
+    readers = [asyncio.create_task(keep_busy())]
+    await asyncio.sleep(0.01)
+    readers.append(asyncio.create_task(keep_busy()))
+    await asyncio.sleep(0.03)
+    async with asyncio.timeout(5), hub.use("bob", "b") as model:
+        assert model.name == "b"
+    await asyncio.sleep(0.05)
+    has_ended.set()
+    await asyncio.gather(*readers)
+    assert [path.name for path in server.loader.loaded] == ["a", "b", "a"]
+    await hub.close()
+
+
+async def test_who_gives_up_waiting_for_room_holds_up_nobody(server: Server) -> None:
+    hub = Hub(server.state.database, server.loader, entries("a", "b"), max_bytes=100, patience=60.0)
+    async with hub.use("alice", "a"):
+        waiting = asyncio.create_task(hub.warm("b"))
+        behind = asyncio.create_task(hub.warm("a"))
+        await asyncio.sleep(0.05)
+        assert not behind.done()
+        waiting.cancel()
+        async with asyncio.timeout(5):
+            await behind
     await hub.close()
 
 
