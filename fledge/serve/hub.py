@@ -2,14 +2,15 @@
 
 A name leads over aliases to a checkpoint folder. What a model needs is estimated by the size of its files and its
 cache; before one is loaded that does not fit into the budget, the models that nobody uses go, longest unused first.
-Where all are in use it waits for them to be left, and who asks later for any model waits behind it: so models that do
-not fit side by side take turns, and none starves.
+Where all are in use it waits for them to be left, and who asks later for any model waits behind it, unless that one has
+just been loaded: so models that do not fit side by side take turns of some seconds, and none starves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _MAX_ALIASES = 8  # that lead from one to the next
 _PATIENCE_SECONDS = 30.0  # of a request that waits for room
+_TURN_SECONDS = 5.0  # that a model is open to all after it was loaded
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class _Held:
 
     size: int
     task: asyncio.Task[ServedModel]
+    turn_ends: float = math.inf  # the event loop's time
     num_users: int = 0
     used_at: int = 0  # counts uses, not seconds
     adapted: dict[str, asyncio.Task[ServedModel]] = field(default_factory=dict)  # by the name of the adapter's entry
@@ -69,7 +72,8 @@ class _Held:
 class Hub:
     """`own` are the models that the server was started with; the first of them is the default.
 
-    A model for which there is no room within `max_bytes` is waited for up to `patience` seconds.
+    A model for which there is no room within `max_bytes` is waited for up to `patience` seconds; one that has been
+    loaded is open for `turn` seconds to those who come after.
     """
 
     def __init__(
@@ -79,8 +83,10 @@ class Hub:
         own: Sequence[ModelEntry],
         max_bytes: int | None,
         patience: float = _PATIENCE_SECONDS,
+        turn: float = _TURN_SECONDS,
     ) -> None:
-        self._database, self._loader, self._max_bytes, self._patience = database, loader, max_bytes, patience
+        self._database, self._loader, self._max_bytes = database, loader, max_bytes
+        self._patience, self._turn = patience, turn
         self._own: Mapping[str, ModelEntry] = {entry.name: entry for entry in own}
         self._held: dict[Path, _Held] = {}
         self._num_uses = 0
@@ -170,15 +176,21 @@ class Hub:
 
     async def _enter(self, path: Path, name: str) -> _Held:
         """What is held of a checkpoint, with one user more; if nothing is, loading begins."""
-        until = asyncio.get_running_loop().time() + self._patience
+        now = asyncio.get_running_loop().time()
+        held = self._held.get(path)
+        if held is not None and not _has_failed(held) and now < held.turn_ends:
+            return self._join(held)
         async with self._line:
             held = self._held.get(path)
-            if held is None or (held.task.done() and not _is_loaded(held)):
-                held = await self._begin(path, name, until)
-            held.num_users += 1
-            self._num_uses += 1
-            held.used_at = self._num_uses
-            return held
+            if held is None or _has_failed(held):
+                held = await self._begin(path, name, now + self._patience)
+            return self._join(held)
+
+    def _join(self, held: _Held) -> _Held:
+        held.num_users += 1
+        self._num_uses += 1
+        held.used_at = self._num_uses
+        return held
 
     async def _begin(self, path: Path, name: str, until: float) -> _Held:
         """Start loading. Nothing is awaited between the look at who goes and the new entry in what is held."""
@@ -198,8 +210,13 @@ class Hub:
             log.info("%s is put away", old)
         gone = [self._held.pop(old) for old in going]
         begun = _Held(size, asyncio.create_task(self._load(path, name, gone)))
+        begun.task.add_done_callback(lambda _: self._open(begun))
         self._held[path] = begun
         return begun
+
+    def _open(self, held: _Held) -> None:
+        """It has been loaded: its turn begins."""
+        held.turn_ends = asyncio.get_running_loop().time() + self._turn
 
     async def _adapted(self, held: _Held, model: ServedModel, entry: ModelEntry) -> ServedModel:
         """The model with an entry's adapter, which is loaded when it is first asked for."""
@@ -242,6 +259,10 @@ class Hub:
 
 def _is_loaded(held: _Held) -> bool:
     return held.task.done() and not held.task.cancelled() and held.task.exception() is None
+
+
+def _has_failed(held: _Held) -> bool:
+    return held.task.done() and not _is_loaded(held)
 
 
 def _unavailable(path: Path, error: Exception) -> ApiError:

@@ -34,6 +34,7 @@ ALIASES = (
     *("gpt-6-astra", "gpt-4o-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small", "model"),
     "omni-moderation-2024-09-26",
 )
+MODERATOR = "model"
 WHEN = 1_700_000_000
 
 

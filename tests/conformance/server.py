@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from fake_server import make_server
-from seeds import ALIASES, restore
+from seeds import ALIASES, MODERATOR, restore
 from serve_fakes import FakeLoader, entries, word_moderator
 
 from fledge.serve.app import make_app, make_state
@@ -26,7 +26,7 @@ async def main(folder: Path, port: int, control_port: int) -> None:
     await database.open()
     own = [*entries("fake"), *(ModelEntry(name, 1_700_000_000, "fledge", target="fake") for name in ALIASES)]
     config = ServerConfig(Limits(max_wrong_keys=10**9), drain_seconds=0.1)
-    state = make_state(config, database, blobs, FakeLoader(), own, moderator=word_moderator())
+    state = make_state(config, database, blobs, FakeLoader(), own, moderator=word_moderator(name=MODERATOR))
 
     restoring = asyncio.Lock()
 

@@ -171,8 +171,8 @@ class WordClassifier:
 
     WORDS = (("hate", "hateful"), ("violence", "violent"), ("violence", "暴力"))
 
-    def __init__(self) -> None:
-        self.info = SimpleNamespace(name="words")
+    def __init__(self, name: str = "words") -> None:
+        self.info = SimpleNamespace(name=name)
         self.thresholds = dict.fromkeys(NAMES, 0.5)
         self.judged: list[str] = []
 
@@ -186,11 +186,11 @@ class WordClassifier:
         return Verdict({name: 0.9 if name in flagged else 0.01 for name in NAMES}, flagged)
 
 
-def word_moderator(engine: FakeEngine | None = None) -> Moderator:
+def word_moderator(engine: FakeEngine | None = None, name: str = "words") -> Moderator:
     async def start() -> FakeEngine:
         return engine or FakeEngine()
 
-    return Moderator(WordClassifier(), start)  # type: ignore[arg-type]
+    return Moderator(WordClassifier(name), start)  # type: ignore[arg-type]
 
 
 def entries(*names: str) -> list[ModelEntry]:

@@ -223,7 +223,7 @@ async def test_models_are_loaded_on_demand_and_make_room(server: Server) -> None
 
 async def test_models_that_do_not_fit_side_by_side_take_turns(server: Server) -> None:
     """Two readers of one model relieve each other without a gap, and the other model is answered all the same."""
-    hub = Hub(server.state.database, server.loader, entries("a", "b"), max_bytes=100, patience=10.0)
+    hub = Hub(server.state.database, server.loader, entries("a", "b"), max_bytes=100, patience=10.0, turn=0.0)
     has_ended = asyncio.Event()
 
     async def keep_busy() -> None:
@@ -246,7 +246,7 @@ async def test_models_that_do_not_fit_side_by_side_take_turns(server: Server) ->
 
 
 async def test_who_gives_up_waiting_for_room_holds_up_nobody(server: Server) -> None:
-    hub = Hub(server.state.database, server.loader, entries("a", "b"), max_bytes=100, patience=60.0)
+    hub = Hub(server.state.database, server.loader, entries("a", "b"), max_bytes=100, patience=60.0, turn=0.0)
     async with hub.use("alice", "a"):
         waiting = asyncio.create_task(hub.warm("b"))
         behind = asyncio.create_task(hub.warm("a"))
@@ -255,6 +255,19 @@ async def test_who_gives_up_waiting_for_room_holds_up_nobody(server: Server) -> 
         waiting.cancel()
         async with asyncio.timeout(5):
             await behind
+    await hub.close()
+
+
+async def test_a_model_that_was_just_loaded_is_open_to_those_who_come_after(server: Server) -> None:
+    """Else models would be loaded and put away for every single request."""
+    hub = Hub(server.state.database, server.loader, entries("a", "b"), max_bytes=100, patience=0.3, turn=60.0)
+    async with hub.use("alice", "a"):
+        waiting = asyncio.create_task(hub.warm("b"))
+        await asyncio.sleep(0.05)
+        await hub.warm("a")
+        assert not waiting.done()
+        with pytest.raises(ApiError, match="no memory"):
+            await waiting
     await hub.close()
 
 
