@@ -30,6 +30,7 @@ from fledge.recipes.align_data import (
     Cut,
     cut_of,
     mixes_texts,
+    verdicts,
 )
 from fledge.recipes.align_models import Context, start_of
 from fledge.recipes.align_plan import DataPlan
@@ -70,6 +71,8 @@ def data_stage(context: Context) -> None:
                 f"(prompts are split by their hash, {plan.held_out_share:.0%} held out); bring more, raise "
                 "data.held_out_share, or give --held-out"
             )
+        if (complaint := _unfit(context.plan.method, side, cut, is_learned=name == TRAIN)) is not None:
+            raise DataError(f"{', '.join(plan.paths)}, {name.replace('_', ' ')}: {complaint}")
         _write_side(context, name, side)
     demonstrations = [example for path in plan.safety for example in _usable(Path(path), context, cut, turned_away)]
     if plan.held_out is not None:
@@ -79,6 +82,19 @@ def data_stage(context: Context) -> None:
     _write_side(context, SAFETY_TRAIN, apart.train)
     _write_side(context, SAFETY_HELD_OUT, apart.validation)
     _report(context, sides, apart, turned_away)
+
+
+def _unfit(method: str, side: Sequence[FeedbackExample], cut: Cut, *, is_learned: bool) -> str | None:
+    """What one row alone does not show: KTO compares with answers to other prompts, and learns from both kinds."""
+    if method != "kto":
+        return None
+    found = [verdict for example in side for verdict in verdicts(example, cut)]
+    if len({prompt for prompt, _, _ in found}) < 2:
+        return f"{len(found)} answers to one prompt; KTO compares them with answers to others: bring more prompts"
+    kinds = Counter(is_good for _, _, is_good in found)
+    if is_learned and len(kinds) < 2:
+        return f"{kinds[True]} answers found good and {kinds[False]} found bad; KTO learns from both: bring the others"
+    return None
 
 
 def _usable_rows(found: Sequence[FeedbackExample], turned_away: TurnedAway, plan: DataPlan) -> str:

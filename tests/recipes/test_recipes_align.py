@@ -212,6 +212,29 @@ def test_too_few_prompts_are_refused_with_what_became_of_the_rows(folder: Path) 
         align(chosen, Silent())
 
 
+def test_kto_refuses_answers_of_one_kind_and_of_one_prompt_while_it_reads(folder: Path) -> None:
+    rows = world.data()["verdicts"]
+    good = world.write_rows(folder / "good.jsonl", [row for row in rows if row["label"]])
+    heard = Silent()
+    with pytest.raises(DataError, match=r"good\.jsonl, train: \d+ answers found good and 0 found bad; KTO learns from"):
+        align(order(folder, "kto", data=(good,)), heard)
+    assert not any(line.startswith("reference") for line in heard.heard)
+    one = world.write_rows(folder / "one.jsonl", [{**row, "prompt": "do you like hats?"} for row in rows[:2]])
+    with pytest.raises(DataError, match="held out: 2 answers to one prompt; KTO compares them with answers to others"):
+        align(order(folder, "kto", held_out=one), Silent())
+
+
+def test_kto_measures_on_answers_of_one_kind(folder: Path) -> None:
+    bad = [{**row, "prompt": f"{row['prompt']} no?"} for row in world.data()["verdicts"] if not row["label"]]
+    run = align(order(folder, "kto", held_out=world.write_rows(folder / "bad.jsonl", bad[:4])), Silent())
+    card = json.loads((run / "card.json").read_text(), parse_constant=pytest.fail)
+    report = json.loads((run / "outcome" / "report.json").read_text(), parse_constant=pytest.fail)
+    facts = {fact["label"]: fact["value"] for fact in report["facts"]}
+    assert facts["held-out reward, undesirable"] is not None
+    assert facts["held-out reward, desirable"] is None
+    assert card["stages"]
+
+
 def test_a_file_that_is_missing_is_named_with_its_option(folder: Path) -> None:
     nowhere = folder / "nowhere.jsonl"
     for option, changes in (
