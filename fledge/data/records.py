@@ -70,6 +70,8 @@ class Row:
 
     def value(self, key: str) -> Any:
         if self.record.get(key) is None:
+            if key in self.record:
+                raise BadRow("missing key", self.where, f"'{key}' is null; fill it in or drop the row")
             known = ", ".join(f"'{name}'" for name in self.record) or "none"
             raise BadRow("missing key", self.where, f"'{key}' is not among its keys ({known}); add it or drop the row")
         return self.record[key]

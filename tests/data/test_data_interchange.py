@@ -467,6 +467,13 @@ BAD = {
 }
 
 
+def test_a_value_that_is_null_is_said_to_be_null_not_to_be_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "chosen": None, "rejected": "B"}) + "\n")
+    with pytest.raises(DataError, match=r"line 1: missing key: 'chosen' is null; fill it in"):
+        list(interchange.read(path))
+
+
 @pytest.mark.parametrize("reason", BAD)
 def test_a_bad_row_is_refused_with_file_line_and_reason_or_counted(reason: str, tmp_path: Path) -> None:
     good = {"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2]}
