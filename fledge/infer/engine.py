@@ -27,6 +27,7 @@ from fledge.infer.answers import Answer, Job
 from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.choosing import Choice
 from fledge.infer.decoding import CompiledDecoder
+from fledge.infer.float_linear import few_rows, float_linears
 from fledge.infer.paged import Pages
 from fledge.infer.quantize import assign
 from fledge.infer.runner import Runner, count_blocks, probe_sites
@@ -116,6 +117,7 @@ class Engine:
             SchedulerConfig(num_blocks, size, self.config.max_live, self.config.max_step_tokens)
         )
         self._adapters = Adapters(cast(nn.Module, model))
+        self._linears = float_linears(model)
         pages = Pages(sites, num_blocks, size, self._device)
         self._runner = Runner(model, pages, self._compile(pages))
         self._stepper = Stepper(model, tokenizer, self._runner, self._adapters)
@@ -172,7 +174,7 @@ class Engine:
         plan = self._scheduler.plan()
         if plan is None:
             return events
-        with self._evaluating():
+        with self._evaluating(), few_rows(self._linears):
             choices = self._stepper.run(plan, self._written)
         drawn = {span.live.id: self._accept(span, own, events) for span, own in choices}
         self._scheduler.commit(plan, drawn)
@@ -272,7 +274,7 @@ class Engine:
     def _compile(self, pages: Pages) -> CompiledDecoder | None:
         if not self.config.compile:
             return None
-        with evaluating(self._model):
+        with evaluating(self._model), few_rows(self._linears):
             return CompiledDecoder(self._model, pages)
 
     def _speculate(self, draft_model: CausalModel | None) -> Speculator | None:

@@ -81,6 +81,11 @@ def linear_int4(x: Tensor, packed: Tensor, num_channels: int, bias_N: Tensor | N
     return y_MN.reshape(*x.shape[:-1], num_channels)
 
 
+def linear_float(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """`F.linear`."""
+    return F.linear(x, weight_NK, bias_N)
+
+
 def paged_attention(
     q_NHK: Tensor, keys: Tensor, values: Tensor, tables_NM: Tensor, lengths_N: Tensor, scale: float, window: int
 ) -> Tensor:

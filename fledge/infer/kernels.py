@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 SCHEMAS = (
     "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias) -> Tensor",
     "linear_int4(Tensor x, Tensor packed, int num_channels, Tensor? bias) -> Tensor",
+    "linear_float(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor lengths, float scale, int window)"
     " -> Tensor",
 )
@@ -109,6 +110,15 @@ def linear_int4(x: Tensor, packed: Tensor, num_channels: int, bias_N: Tensor | N
     return y
 
 
+def linear_float(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """float32 (..., N): what `F.linear` gives, for few rows, with the weights as they lie.
+
+    A row's result does not depend on the rows beside it, bit for bit.
+    """
+    y: Tensor = torch.ops.fledge.linear_float.default(x, weight_NK, bias_N)
+    return y
+
+
 def paged_attention(
     q_NHK: Tensor,
     keys: Tensor,
@@ -151,6 +161,10 @@ def _fake_int4(x: Tensor, packed: Tensor, num_channels: int, bias: Tensor | None
     return x.new_empty(*x.shape[:-1], num_channels)
 
 
+def _fake_float(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _fake_attention(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
@@ -160,5 +174,6 @@ def _fake_attention(
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "linear_int8": _fake_int8,
     "linear_int4": _fake_int4,
+    "linear_float": _fake_float,
     "paged_attention": _fake_attention,
 }

@@ -28,6 +28,7 @@ from fledge.infer.answers import Answer
 from fledge.infer.blocks import BlockManager
 from fledge.infer.causal import CausalModel, device_of, evaluating
 from fledge.infer.choosing import Row, choose
+from fledge.infer.float_linear import few_rows, float_linears
 from fledge.infer.paged import Pages
 from fledge.infer.runner import Runner, in_running_order, probe_sites
 from fledge.infer.sequence import Live, Span
@@ -135,6 +136,7 @@ class DraftModel:
         self._model, self._banned = model, banned.to(device_of(model))
         pages = Pages(probe_sites(model), num_blocks, block_size, device_of(model))
         self._runner = Runner(model, pages)
+        self._linears = float_linears(model)
         self._blocks = BlockManager(num_blocks, block_size)
         self._shadows: dict[int, _Shadow] = {}
 
@@ -142,7 +144,7 @@ class DraftModel:
         drafts: list[list[int]] = [[] for _ in wishes]
         ready = [(self._follow(wish), wish, draft) for wish, draft in zip(wishes, drafts, strict=True)]
         going = [(shadow, wish, draft) for shadow, wish, draft in ready if shadow is not None]
-        with evaluating(self._model):
+        with evaluating(self._model), few_rows(self._linears):
             while going:
                 tokens = self._guess([(shadow, wish, tuple(draft)) for shadow, wish, draft in going])
                 for (shadow, _, draft), token in zip(going, tokens, strict=True):
@@ -176,7 +178,7 @@ class DraftModel:
         """Read what is missing of a prompt, a part at a time; whether only a little is left."""
         if len(own.tokens) - own.num_computed <= _CATCH_UP:
             return True
-        with evaluating(self._model):
+        with evaluating(self._model), few_rows(self._linears):
             self._runner.run([Span(own, own.num_computed, _CATCH_UP, 0, False)], [0])
         own.num_computed += _CATCH_UP
         return False

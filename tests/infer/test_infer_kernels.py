@@ -141,6 +141,46 @@ def test_what_is_not_a_number_spoils_its_own_int4_row_only() -> None:
     assert y_MN[0].isfinite().all()
 
 
+def float_case(rows: int, width: int, num_channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(rows)
+    return tuple(
+        torch.randn(shape, generator=random) for shape in ((rows, width), (num_channels, width), (num_channels,))
+    )
+
+
+@pytest.mark.parametrize(("rows", "width", "num_channels"), [*SHAPES, (48, 15, 7), (4, 31, 4)])
+def test_float_linear_equals_its_twin_within_rounding(rows: int, width: int, num_channels: int) -> None:
+    x_MK, weight_NK, bias_N = float_case(rows, width, num_channels)
+    for bias in (bias_N, None):
+        y_MN = kernels.linear_float(x_MK, weight_NK, bias)
+        exact_MN = twins.linear_float(x_MK.double(), weight_NK.double(), None if bias is None else bias.double())
+        assert (y_MN - exact_MN).norm() < 1e-6 * exact_MN.norm()
+    assert kernels.linear_float(x_MK.view(1, rows, width), weight_NK).shape == (1, rows, num_channels)
+    assert kernels.linear_float(x_MK[:0], weight_NK).shape == (0, num_channels)
+
+
+@pytest.mark.parametrize("rows", [2, 5, 12, 19, 48])
+def test_a_float_row_of_a_batch_equals_that_row_alone(rows: int) -> None:
+    x_MK, weight_NK, bias_N = float_case(rows, 203, 71)
+    together_MN = kernels.linear_float(x_MK, weight_NK, bias_N)
+    for i in range(rows):
+        assert torch.equal(together_MN[i : i + 1], kernels.linear_float(x_MK[i : i + 1], weight_NK, bias_N))
+
+
+def test_what_is_not_a_number_spoils_its_own_float_row_only() -> None:
+    x_MK, weight_NK, bias_N = float_case(5, 37, 9)
+    expected_MN = kernels.linear_float(x_MK, weight_NK, bias_N)
+    x_MK[1, 36] = float("nan")
+    y_MN = kernels.linear_float(x_MK, weight_NK, bias_N)
+    assert y_MN[1].isnan().all()
+    assert torch.equal(y_MN[[0, 2, 3, 4]], expected_MN[[0, 2, 3, 4]])
+
+
+def test_torch_compile_traces_the_float_linear() -> None:
+    x_MK, weight_NK, bias_N = float_case(3, 20, 6)
+    torch.library.opcheck(torch.ops.fledge.linear_float.default, (x_MK, weight_NK, bias_N))
+
+
 # queries, heads, key heads, key width, value width, block size, window
 PAGES = [
     (1, 12, 12, 64, 64, 16, None),

@@ -25,6 +25,10 @@ void linear_int8(const float* x, int64_t num_rows, int64_t x_width, const uint8_
 void linear_int4(const float* x, int64_t num_rows, int64_t x_width, const uint8_t* w, int64_t num_groups,
                  const float* bias, float* y, int64_t num_channels);
 
+// y (num_rows, num_channels) = x (num_rows, width) times w (num_channels, width), all float32. `bias` may be null.
+void linear_float(const float* x, int64_t num_rows, int64_t width, const float* w, const float* bias, float* y,
+                  int64_t num_channels);
+
 // A number of half precision (IEEE 754 binary16), as it stands in memory.
 struct Half {
   uint16_t bits;

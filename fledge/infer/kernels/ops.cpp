@@ -56,6 +56,21 @@ Tensor linear_int4(const Tensor& x, const Tensor& w, int64_t num_channels, const
   return y;
 }
 
+Tensor linear_float(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor rows = x.contiguous();
+  TORCH_CHECK(rows.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && weight.is_contiguous() &&
+                  (!bias.has_value() || (bias->scalar_type() == at::kFloat && bias->is_contiguous())),
+              "fledge::linear_float: all float32, weights contiguous");
+  TORCH_CHECK(weight.dim() == 2 && rows.size(-1) == weight.size(1) &&
+                  (!bias.has_value() || bias->numel() == weight.size(0)),
+              "fledge::linear_float: shapes differ");
+  Tensor y = with_last(rows, weight.size(0));
+  if (y.numel() > 0)
+    fledge::linear_float(rows.const_data_ptr<float>(), y.numel() / weight.size(0), weight.size(1),
+                         weight.const_data_ptr<float>(), floats(bias), y.mutable_data_ptr<float>(), weight.size(0));
+  return y;
+}
+
 // A block number outside the cache would read foreign memory: it is refused, not trusted.
 void check_tables(const Tensor& tables, const Tensor& lengths, int64_t num_blocks, int64_t block_size) {
   const int64_t* table = tables.const_data_ptr<int64_t>();
@@ -110,5 +125,6 @@ Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values
 TORCH_LIBRARY_IMPL(fledge, CPU, m) {
   m.impl("linear_int8", linear_int8);
   m.impl("linear_int4", linear_int4);
+  m.impl("linear_float", linear_float);
   m.impl("paged_attention", paged_attention);
 }
