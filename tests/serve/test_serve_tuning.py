@@ -9,6 +9,7 @@ import pytest
 from serve_fakes import Server
 
 from fledge.store import tuning
+from fledge.store.database import Database
 from fledge.store.models import register_model
 from fledge.store.pages import now
 from fledge.store.tables import ModelRow, TuningCheckpointRow
@@ -113,11 +114,17 @@ async def test_a_waiting_job_is_paused_resumed_and_cancelled_at_once(client: htt
         assert (again.status_code, again.json()["error"]["code"]) == (400, "invalid_job_status")
 
 
-async def test_a_running_job_is_asked_and_obeys_later(client: httpx2.AsyncClient, server: Server) -> None:
-    database = server.state.database
-    job = (await begin(client))["id"]
+async def running(client: httpx2.AsyncClient, database: Database) -> str:
+    """The id of a new job that the worker "w" has taken."""
+    job: str = (await begin(client))["id"]
     await tuning.settle_check(database, job, None)
     await tuning.lease_job(database, "w")
+    return job
+
+
+async def test_a_running_job_is_asked_and_obeys_later(client: httpx2.AsyncClient, server: Server) -> None:
+    database = server.state.database
+    job = await running(client, database)
     asked = (await client.post(f"{JOBS}/{job}/pause")).json()
     assert (asked["status"], asked["paused"]) == ("running", True)
     assert await tuning.look_at_job(database, job, "w") == (True, "pause")
@@ -128,9 +135,7 @@ async def test_a_running_job_is_asked_and_obeys_later(client: httpx2.AsyncClient
 
 async def test_a_job_that_is_to_be_cancelled_is_not_called_back(client: httpx2.AsyncClient, server: Server) -> None:
     database = server.state.database
-    job = (await begin(client))["id"]
-    await tuning.settle_check(database, job, None)
-    await tuning.lease_job(database, "w")
+    job = await running(client, database)
     await client.post(f"{JOBS}/{job}/cancel")
     for what in ("pause", "resume"):
         answer = await client.post(f"{JOBS}/{job}/{what}")
@@ -141,9 +146,7 @@ async def test_a_job_that_is_to_be_cancelled_is_not_called_back(client: httpx2.A
 
 async def test_a_pause_that_its_dead_worker_never_saw_is_taken_back(client: httpx2.AsyncClient, server: Server) -> None:
     database = server.state.database
-    job = (await begin(client))["id"]
-    await tuning.settle_check(database, job, None)
-    await tuning.lease_job(database, "w")
+    job = await running(client, database)
     await client.post(f"{JOBS}/{job}/pause")
     await tuning.release_jobs(database, "w")
     assert not (await client.post(f"{JOBS}/{job}/resume")).json()["paused"]
