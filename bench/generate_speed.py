@@ -57,7 +57,7 @@ def twin(family: str, model: GPT | Llama) -> Any:
 class Ids:
     """A tokenizer of a model with random weights: its ids mean nothing."""
 
-    pad_id = PAD
+    pad_id, opening = PAD, None
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

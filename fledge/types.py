@@ -329,7 +329,8 @@ class Request:
     and do not.
     `top_logprobs` k asks for the k likeliest alternatives of every token, `prompt_logprobs` k for the prompt's own
     log-probabilities and k alternatives at each of its positions; 0 asks for the token's own alone. Answer i draws
-    with seed `params.seed + i`.
+    with seed `params.seed + i`. `continues`: an answer goes on with the prompt's text, it is no text of its own; so a
+    space that it begins with belongs to it, whatever the tokenizer (text/sentencepiece.py).
     """
 
     id: str
@@ -344,6 +345,7 @@ class Request:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
         best_of = self.n if self.best_of is None else self.best_of

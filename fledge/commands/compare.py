@@ -62,7 +62,7 @@ def _answers(name: str, prompts: Sequence[str], args: argparse.Namespace) -> lis
         asked = [speaker.text_prompt(prompt) for prompt in prompts]
     else:
         asked = [speaker.chat_prompt(Conversation.of(("user", prompt)), params.max_tokens) for prompt in prompts]
-    return speaker.generate(asked, params)
+    return speaker.generate(asked, params, continues=args.complete)
 
 
 def _table(prompt: str, names: Sequence[str], row: Sequence[Completion]) -> Table:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num == 1 and not args.as_json:
         _print_stream(text, speaker, prompt, params)
         return 0
-    for number, completion in enumerate(speaker.generate([prompt] * args.num, params)):
+    for number, completion in enumerate(speaker.generate([prompt] * args.num, params, continues=True)):
         if args.as_json:
             print(json.dumps(_as_json(text, completion, replace(params, seed=params.seed + number))))
         else:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_stream(text: str, speaker: Speaker, prompt: tuple[int, ...], params: SamplingParams) -> None:
-    events = speaker.stream(prompt, params)  # refuses before anything is printed
+    events = speaker.stream(prompt, params, continues=True)  # refuses before anything is printed
     print(printable(text), end="", flush=True)
     for event in events:
         print(printable(event.text), end="", flush=True)

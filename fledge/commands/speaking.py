@@ -65,22 +65,28 @@ class Speaker:
         tokenizer = self.loaded.tokenizer
         return (*self.loaded.soft_ids, tokenizer.end_of_text_id, *tokenizer.encode(text))
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt; the i-th draws with seed `params.seed + i`. `UserError` if the model is damaged."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, continues: bool = False
+    ) -> list[Completion]:
+        """One completion a prompt; the i-th draws with seed `params.seed + i`. `UserError` if the model is damaged.
+
+        `continues`: they go on with the prompts' texts (`types.Request`).
+        """
         asked = [
-            self._request(prompt, replace(params, seed=params.seed + i), str(i)) for i, prompt in enumerate(prompts)
+            self._request(prompt, replace(params, seed=params.seed + i), str(i), continues)
+            for i, prompt in enumerate(prompts)
         ]
         completions = [completion for (completion,) in self.engine.generate(asked)]
         for completion in completions:
             _refuse_damaged(completion.finish_reason, len(completion.ids))
         return completions
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
+    def stream(self, prompt: Sequence[int], params: SamplingParams, *, continues: bool = False) -> Iterator[TokenEvent]:
         """One completion as it comes; the same as `generate`'s for the same seed. Leaving it early ends the answer.
 
         Errors as for `generate`, those about the prompt at the call.
         """
-        request = self._request(prompt, params, "stream")
+        request = self._request(prompt, params, "stream", continues)
         self.engine.submit(request)
         return self._events(request.id)
 
@@ -94,8 +100,9 @@ class Speaker:
             self.engine.cancel(request_id)
             self.engine.step()
 
-    def _request(self, prompt: Sequence[int], params: SamplingParams, request_id: str) -> Request:
-        return Request(request_id, tuple(prompt), params, stop_ids=self.loaded.renderer.stop_ids)
+    def _request(self, prompt: Sequence[int], params: SamplingParams, request_id: str, continues: bool) -> Request:
+        stops = self.loaded.renderer.stop_ids
+        return Request(request_id, tuple(prompt), params, stop_ids=stops, continues=continues)
 
 
 def _refuse_endless(num_chars: int) -> None:

@@ -48,7 +48,7 @@ def export_huggingface(loaded: LoadedModel, directory: Path, *, dtype: torch.dty
         dtype=dtype,
         token_ids={f"{key}_id": token_id for key, token_id in ids.items() if token_id is not None},
         companions={
-            "tokenizer.json": published.data.decode(),
+            "tokenizer.json": _begun(published).decode(),
             "tokenizer_config.json": json.dumps(tokenizer_config, indent=1, ensure_ascii=False),
             "generation_config.json": json.dumps(
                 {**{f"{key}_id": token_id for key, token_id in ids.items()}, "eos_token_id": ends}
@@ -86,6 +86,23 @@ def _published(loaded: LoadedModel) -> PublishedTokenizer:
         return publish_imported(data, loaded.template)
     assert isinstance(loaded.renderer, ChatRenderer)
     return publish_own(data, loaded.renderer)
+
+
+def _begun(published: PublishedTokenizer) -> bytes:
+    """The tokenizer.json with the rule that puts the first token before a text, where it came without: a GGUF file and
+    a tokenizer.model tell that apart, and `transformers` looks for it here."""
+    layout, bos = parse(published.data), published.bos
+    token_id = _id_of(published, bos)
+    if not published.begins or token_id is None or layout.get("post_processor") is not None:
+        return published.data
+    begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    layout["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [token_id], "tokens": [bos]}},
+    }
+    return json.dumps(layout, ensure_ascii=False).encode()
 
 
 def _tokens(published: PublishedTokenizer) -> dict[str, str | None]:

@@ -1,8 +1,9 @@
 """The vocabulary inside a GGUF file <-> a tokenizer.json, with its chat template and special tokens.
 
-Only byte-level BPE is known (`tokenizer.ggml.model` "gpt2"): it is what fledge's tokenizer reads. The file names the
-rule that cuts text into words (`tokenizer.ggml.pre`) and does not hold it; the rules here are those of llama.cpp
-(src/llama-vocab.cpp) in the spelling of the tokenizer.json files that the models' makers published.
+Two kinds are known (`tokenizer.ggml.model`): byte-level BPE, "gpt2", and SentencePiece's BPE, "llama". For the first
+the file names the rule that cuts text into words (`tokenizer.ggml.pre`) and does not hold it; the rules here are those
+of llama.cpp (src/llama-vocab.cpp) in the spelling of the tokenizer.json files that the models' makers published. The
+second holds pieces with scores (text/sentencepiece.py), and cuts no words.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from fledge.errors import CheckpointError
-from fledge.formats.gguf import INT32, GGUFFile, Typed
+from fledge.errors import CheckpointError, TokenizerError
+from fledge.formats.gguf import FLOAT32, INT32, GGUFFile, Typed
 from fledge.text.foreign import MARKER, parse
 from fledge.text.published import PublishedTokenizer
+from fledge.text.sentencepiece import BYTES, SPACE, Kind, Piece, is_sentencepiece, layout_of, opening_of, scores_of
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED, UNUSED = map(int, (Kind.NORMAL, Kind.CONTROL, Kind.USER_DEFINED, Kind.UNUSED))
 _KEY = "tokenizer.ggml."
+_USUAL_IDS = {"bos": 1, "eos": 2}  # of SentencePiece's models; llama.cpp assumes them where a file says nothing
 
 _BYTES: dict[str, Any] = {
     "type": "ByteLevel",
@@ -80,42 +83,78 @@ RULES = (
 
 def read_tokenizer(file: GGUFFile) -> PublishedTokenizer:
     """The tokenizer of a file. `CheckpointError` for one that is missing, damaged, or of a kind we do not read."""
-    kind, rule = file.get(_KEY + "model", str), _find_rule(file)
-    if kind != "gpt2":
+    kind = file.get(_KEY + "model", str)
+    if kind not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{file.path}: a tokenizer of kind {kind!r} is not supported: known is byte-level BPE, 'gpt2'"
+            f"{file.path}: a tokenizer of kind {kind!r} is not supported: known are byte-level BPE, 'gpt2', and "
+            "SentencePiece's BPE, 'llama'"
         )
-    tokens, merges = _strings(file, "tokens"), _strings(file, "merges")
+    rule = _find_rule(file) if kind == "gpt2" else None
+    tokens = _strings(file, "tokens")
     types = _types(file, tokens)
+    usual = {} if rule else {name: i for name, i in _USUAL_IDS.items() if i < len(tokens)}
     special = {
-        name: _token(file, f"{name}_token_id", tokens, types) for name in ("bos", "eos", "eot", "eom", "padding")
+        name: _token(file, f"{name}_token_id", tokens, types, usual.get(name))
+        for name in ("bos", "eos", "eot", "eom", "padding")
     }
-    added = []
-    for token_id, (token, kind_of_token) in enumerate(zip(tokens, types, strict=True)):
-        is_special = kind_of_token == CONTROL or token in special.values()
-        if is_special or kind_of_token == USER_DEFINED:
-            added.append({"id": token_id, "content": token, **_ADDED, "special": is_special})
-    layout = {**_layout(rule), "added_tokens": added}
-    layout["model"] |= {
-        "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED},
-        "merges": [_pair(file, merge) for merge in merges],
-    }
+    kept = (Kind.UNKNOWN,) if rule is None else ()  # which serves as padding, too
+    types = [
+        CONTROL if token in special.values() and kind_of_token not in kept else kind_of_token
+        for token, kind_of_token in zip(tokens, types, strict=True)
+    ]
+    layout = _of_pieces(file, tokens, types) if rule is None else _of_words(file, rule, tokens, types)
     ends = [special[name] for name in ("eos", "eot", "eom")]
     return PublishedTokenizer(
         json.dumps(layout, ensure_ascii=False).encode(),
         special["bos"],
         tuple(end for end in ends if end is not None),
         special["padding"],
-        special["bos"] is not None and file.get(_KEY + "add_bos_token", bool, rule.ignore_merges),
+        special["bos"] is not None
+        and file.get(_KEY + "add_bos_token", bool, True if rule is None else rule.ignore_merges),
         file.get("tokenizer.chat_template", str),
     )
 
 
+def _of_words(file: GGUFFile, rule: Rule, tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+    added = [
+        {"id": token_id, "content": token, **_ADDED, "special": kind == CONTROL}
+        for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    layout = {**_layout(rule), "added_tokens": added}
+    layout["model"] |= {
+        "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED},
+        "merges": [_pair(file, merge) for merge in _strings(file, "merges")],
+    }
+    return layout
+
+
+def _of_pieces(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+    """llama.cpp puts a space after every special token, too."""
+    scores = file.metadata.get(_KEY + "scores")
+    is_array = isinstance(scores, np.ndarray) and scores.dtype.kind == "f"
+    if scores is None or not is_array or len(scores) != len(tokens) or not np.isfinite(scores).all():
+        raise CheckpointError(f"{file.path}: {_KEY}scores must hold a number for each of the {len(tokens)} tokens")
+    if not set(types) <= set(Kind):
+        raise CheckpointError(f"{file.path}: {_KEY}token_type must hold numbers from 1 to {max(Kind)}")
+    named = set(tokens)
+    tokens = [  # user-defined ones have spaces of their own in these files
+        spaced if kind == USER_DEFINED and (spaced := token.replace(" ", SPACE)) not in named else token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    pieces = [Piece(*piece) for piece in zip(tokens, map(float, scores), types, strict=True)]
+    try:
+        return layout_of(pieces, "always" if file.get(_KEY + "add_space_prefix", bool, True) else "never")
+    except TokenizerError as error:
+        raise CheckpointError(f"{file.path}: its vocabulary {error}") from error
+
+
 def tokenizer_metadata(published: PublishedTokenizer, vocab_size: int) -> tuple[dict[str, Any], bool]:
-    """(the metadata of a tokenizer for a model of `vocab_size` rows, whether its own rule for words has a name).
+    """(the metadata of a tokenizer for a model of `vocab_size` rows, whether llama.cpp will cut every text as here).
 
     llama.cpp knows rules by name only: a tokenizer of another rule gets GPT-2's, and then some texts become other
-    tokens than here, which still spell the same text. `CheckpointError` if it is no byte-level BPE.
+    tokens than here, which still spell the same text. So do those of SentencePiece's kind whose merges came from no
+    scores. `CheckpointError` if it is no BPE.
     """
     layout = parse(published.data)
     if layout["model"].get("type") != "BPE":
@@ -128,25 +167,56 @@ def tokenizer_metadata(published: PublishedTokenizer, vocab_size: int) -> tuple[
     types = {token_id: CONTROL if token["special"] else USER_DEFINED for token_id, token in added.items()}
     tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
     kinds = [types.get(i, NORMAL if i in names else UNUSED) for i in range(vocab_size)]
-    rule = next((rule for rule in RULES if _shape(_layout(rule)) == _shape(layout)), None)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in layout["model"]["merges"]]
     ids = {token: token_id for token_id, token in names.items()}
+    cutting, is_exact = (_scored if is_sentencepiece(layout) else _ruled)(layout, tokens, kinds)
     ends = zip(("eos", "eot", "eom"), published.ends, strict=False)
     special = {"bos": published.bos, "padding": published.pad, **dict(ends)}
     found = {
-        "model": "gpt2",
-        "pre": (rule or RULES[0]).names[0],
         "tokens": tokens,
-        "token_type": Typed(INT32, kinds),
-        "merges": merges,
+        **cutting,
         "add_bos_token": published.begins,
-        "add_space_prefix": False,
         **{f"{name}_token_id": ids[token] for name, token in special.items() if token is not None},
     }
     metadata = {_KEY + name: value for name, value in found.items()}
     if published.template is not None:
         metadata["tokenizer.chat_template"] = published.template
-    return metadata, rule is not None
+    return metadata, is_exact
+
+
+def _ruled(layout: Mapping[str, Any], _: Sequence[str], kinds: Sequence[int]) -> tuple[dict[str, Any], bool]:
+    """How byte-level BPE cuts texts, and whether its own rule for words has a name."""
+    rule = next((rule for rule in RULES if _shape(_layout(rule)) == _shape(layout)), None)
+    return {
+        "model": "gpt2",
+        "pre": (rule or RULES[0]).names[0],
+        "token_type": Typed(INT32, kinds),
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in layout["model"]["merges"]],
+        "add_space_prefix": False,
+    }, rule is not None
+
+
+def _scored(layout: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> tuple[dict[str, Any], bool]:
+    """How SentencePiece's BPE cuts texts, and whether scores say it all."""
+    scores, is_exact = scores_of(layout)
+    unknown = layout["model"].get("unk_token")
+    numbers = [
+        Kind.BYTE if token in BYTES and kind == NORMAL else kind for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    found: dict[str, Any] = {
+        "model": "llama",
+        "tokens": [
+            token.replace(SPACE, " ") if kind == USER_DEFINED else token
+            for token, kind in zip(tokens, kinds, strict=True)
+        ],
+        "pre": "default",
+        "scores": Typed(FLOAT32, [scores.get(token, 0.0) for token in tokens]),
+        "add_space_prefix": opening_of(layout) != "never",
+        "add_eos_token": False,
+    }
+    if unknown in tokens:
+        found["unknown_token_id"] = tokens.index(unknown)
+        numbers[tokens.index(unknown)] = Kind.UNKNOWN
+    return {**found, "token_type": Typed(INT32, [int(number) for number in numbers])}, is_exact
 
 
 def _shape(layout: Mapping[str, Any]) -> list[Any]:
@@ -197,9 +267,10 @@ def _types(file: GGUFFile, tokens: Sequence[str]) -> list[int]:
     return [int(number) for number in found]
 
 
-def _token(file: GGUFFile, name: str, tokens: Sequence[str], types: Sequence[int]) -> str | None:
-    """The token whose id stands there; None too if it is one of ordinary text: a default that nobody set right."""
-    token_id = file.get(_KEY + name, int)
+def _token(file: GGUFFile, name: str, tokens: Sequence[str], types: Sequence[int], usual: int | None) -> str | None:
+    """The token whose id stands there, or is `usual` without one; None too if it is one of ordinary text: a default
+    that nobody set right."""
+    token_id = file.get(_KEY + name, int, usual)
     if token_id is None:
         return None
     if not 0 <= token_id < len(tokens):

@@ -1,8 +1,8 @@
 """The tokenizer of a Hugging Face directory, with its chat template and special tokens.
 
-`tokenizer.json` holds the vocabulary; what its makers say of it stands in `tokenizer_config.json`, `config.json`,
-`generation_config.json` and, of late, `chat_template.jinja`, formerly in `special_tokens_map.json`. Source:
-`transformers`' documentation of these files.
+`tokenizer.json` holds the vocabulary, or `tokenizer.model` alone does. What its makers say of it stands in
+`tokenizer_config.json`, `config.json`, `generation_config.json` and, of late, `chat_template.jinja`, formerly in
+`special_tokens_map.json` and `added_tokens.json`. Source: `transformers`' documentation of these files.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 from fledge.errors import CheckpointError, TokenizerError
 from fledge.files import read_object
+from fledge.formats.sentencepiece import read_sentencepiece
 from fledge.text.foreign import MARKER, parse
 from fledge.text.published import PublishedTokenizer
+from fledge.text.sentencepiece import ADDED, Opening, layout_of
 
-TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+TOKENIZER, PIECES, TEMPLATE = "tokenizer.json", "tokenizer.model", "chat_template.jinja"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # the later one is right where both speak
 MODEL_SETTINGS = ("generation_config.json", "config.json")
 
@@ -28,33 +30,67 @@ def read_tokenizer(directory: Path) -> PublishedTokenizer:
     It ends an answer at the tokenizer's `eos_token` and at every `eos_token_id` of the model's own settings but for
     those of ordinary text: such a one is a default that nobody set right.
     """
-    path = directory / TOKENIZER
-    try:
-        data = path.read_bytes()
-        layout = parse(data)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_instead(directory)}") from error
-    except TokenizerError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     settings = {key: value for name in SETTINGS for key, value in _settings(directory / name).items()}
-    special = {name: _content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
+    data, named = _read(directory, settings)
+    layout = parse(data)
+    special = {name: _content(settings.get(f"{name}_token")) or named.get(name) for name in ("bos", "eos", "pad")}
     ends = [special["eos"], *_markers(layout, _end_ids(directory))]
     return PublishedTokenizer(
         data,
         special["bos"],
         tuple(dict.fromkeys(token for token in ends if token is not None)),
         special["pad"],
-        special["bos"] is not None and _begins(settings, layout, special["bos"]),
+        special["bos"] is not None and _begins(settings, layout, special["bos"], bool(named)),
         _template(directory, settings),
     )
 
 
+def _read(directory: Path, settings: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """(a tokenizer.json, the special tokens that its source itself names): that of the directory, or one that is made
+    of its tokenizer.model."""
+    path = directory / TOKENIZER
+    if not path.is_file() and (directory / PIECES).is_file():
+        path = directory / PIECES
+    try:
+        if path.name == PIECES:
+            return _of_pieces(directory, settings)
+        data = path.read_bytes()
+        parse(data)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_instead(directory)}") from error
+    except TokenizerError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return data, {}
+
+
+def _of_pieces(directory: Path, settings: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """As `transformers` makes it: with the tokens that were added later, and with a space after every special token,
+    too, unless the settings deny that (`legacy`)."""
+    found = read_sentencepiece(directory / PIECES)
+    puts_space = found.puts_space and settings.get("add_prefix_space") is not False
+    opening: Opening = "never" if not puts_space else "first" if settings.get("legacy") is False else "always"
+    layout = layout_of(found.pieces, opening)
+    known = {token["id"] for token in layout["added_tokens"]}
+    special = {_content(settings.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+    later = _settings(directory / "added_tokens.json").items()
+    about: dict[str, Any] = {str(key): {"content": token, "special": token in special} for token, key in later}
+    decoder = settings.get("added_tokens_decoder")
+    about |= decoder if isinstance(decoder, Mapping) else {}
+    for key, token in about.items():
+        content, is_special = _content(token), isinstance(token, Mapping) and token.get("special") is True
+        if not (key.isdecimal() and len(key) < 10 and content):
+            raise CheckpointError(f"{directory}: adds a token {str(token)[:80]} of id {key[:20]}, which is none")
+        if int(key) not in known:
+            known.add(int(key))
+            added = {"id": int(key), "content": content, **ADDED, "normalized": False, "special": is_special}
+            layout["added_tokens"].append(added)
+    return json.dumps(layout, ensure_ascii=False).encode(), found.names
+
+
 def _instead(directory: Path) -> str:
-    """What to do about a directory without a tokenizer.json, by what it has."""
+    """What to do about a directory without a tokenizer, by what it has."""
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         return "let transformers make it of vocab.json and merges.txt: load the tokenizer there and save it again"
-    if (directory / "tokenizer.model").is_file():
-        return "its tokenizer.model is SentencePiece's, which fledge does not read: only tokenizers of bytes are"
     return "a model comes with one"
 
 
@@ -84,12 +120,12 @@ def _end_ids(directory: Path) -> list[int]:
     return found
 
 
-def _begins(settings: Mapping[str, Any], layout: Mapping[str, Any], bos: str) -> bool:
-    """Whether a text begins with `bos`: the setting says so, or else the file's post-processor puts it there."""
+def _begins(settings: Mapping[str, Any], layout: Mapping[str, Any], bos: str, usually: bool) -> bool:
+    """Whether a text begins with `bos`: the setting says so, or the file's post-processor puts it there, or it usually
+    is so."""
     says = settings.get("add_bos_token")
-    return (
-        says if isinstance(says, bool) else f'"{bos}"' in json.dumps(layout.get("post_processor"), ensure_ascii=False)
-    )
+    is_put = f'"{bos}"' in json.dumps(layout.get("post_processor"), ensure_ascii=False)
+    return says if isinstance(says, bool) else usually or is_put
 
 
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:

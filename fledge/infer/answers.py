@@ -41,7 +41,8 @@ class Answer:
         self.logprob_sum = 0.0  # under the model's own distribution, where that was asked for
         self.num_said = 0
         self.finish_reason: FinishReason | None = None
-        self._text = AnswerText(tokenizer, request.stop)
+        is_exact = request.continues or matcher is not None  # a grammar says what stands at the beginning
+        self._text = AnswerText(tokenizer, request.stop, continues=is_exact)
         self._randomness = None if request.params.temperature == 0 else _Randomness(request.params.seed + index)
 
     @property

@@ -13,10 +13,13 @@ from fledge.text.tokenizer import StreamDecoder, Tokenizer
 
 
 class AnswerText:
-    """The text of one answer. What `push` and `finish` return, joined, is the text, without the stop string."""
+    """The text of one answer. What `push` and `finish` return, joined, is the text, without the stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._decoder = StreamDecoder(tokenizer)
+    `continues`: it goes on with another text (`types.Request`).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, continues: bool = False) -> None:
+        self._decoder = StreamDecoder(tokenizer, within=continues)
         self._stops = tuple(stops)
         self._held = ""  # the longest end of the text that begins a stop string
 

@@ -22,7 +22,8 @@ from fledge.errors import UserError
 from fledge.files import write_file
 
 ENDPOINT = "https://huggingface.co"
-REQUIRED = ("config.json", "tokenizer.json")
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+PIECES, ADDED = "tokenizer.model", "added_tokens.json"  # of models that were published without a tokenizer.json
 OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TIMEOUT_SECONDS = 30
@@ -51,8 +52,10 @@ def fetch_from_hub(name: str, cache: Path, say: Progress, open_url: Open | None 
         say(file)
         return _download(base + file, folder / file, is_required, open_url or _open)
 
-    for file in REQUIRED:
-        get(file)
+    get(CONFIG)
+    if not get(TOKENIZER, is_required=False):
+        get(PIECES)
+        get(ADDED, is_required=False)
     for file in OPTIONAL:
         get(file, is_required=False)
     if not get(WEIGHTS, is_required=False):

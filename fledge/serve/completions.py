@@ -86,7 +86,7 @@ class TextTask:
         found = []
         for i, prompt in enumerate(given):
             if isinstance(prompt, str):
-                ids, text = [model.tokenizer.end_of_text_id, *self._encode(model, prompt)], prompt
+                ids, text = [model.tokenizer.end_of_text_id, *model.tokenizer.encode(prompt)], prompt
             else:
                 ids, text = prompt, self._decode(model, prompt, i)
             is_framed = isinstance(prompt, str) or self.body.suffix is not None
@@ -102,10 +102,7 @@ class TextTask:
         prefix, suffix, middle = model.fim_ids
         start = model.tokenizer.end_of_text_id
         head = ids[1:] if ids[0] == start else ids
-        return [start, prefix, *head, suffix, *self._encode(model, self.body.suffix), middle]
-
-    def _encode(self, model: ServedModel, text: str) -> list[int]:
-        return model.tokenizer.encode(text)
+        return [start, prefix, *head, suffix, *model.tokenizer.encode(self.body.suffix, within=True), middle]
 
     def _decode(self, model: ServedModel, ids: Sequence[int], i: int) -> str:
         try:
@@ -120,7 +117,7 @@ class TextTask:
         best_of = body.best_of or None
         of_prompt = told if body.echo and told is not None else None
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        shape = Shape(max_tokens, body.n or 1, best_of, top_logprobs=told, prompt_logprobs=of_prompt)
+        shape = Shape(max_tokens, body.n or 1, best_of, told, of_prompt, continues=True)
         return generation.plan(body, ids, shape)
 
     async def _answer(

@@ -24,7 +24,8 @@ from fledge.types import Grammar, Request, SamplingParams, TokenEvent
 
 @dataclass(frozen=True)
 class Shape:
-    """What one endpoint wants beside the sampling: how long, how many, what is told of each token."""
+    """What one endpoint wants beside the sampling: how long, how many, what is told of each token, and whether an
+    answer continues the prompt's text."""
 
     max_tokens: int | None
     n: int = 1
@@ -32,6 +33,7 @@ class Shape:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    continues: bool = False
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Generation:
             top_logprobs=shape.top_logprobs,
             prompt_logprobs=shape.prompt_logprobs,
             grammar=shape.grammar,
+            continues=shape.continues,
         )
 
     def charge(self, requests: Sequence[Request]) -> None:

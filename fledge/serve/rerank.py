@@ -88,7 +88,7 @@ async def rerank(
 async def _rank(state: State, principal: Principal, body: RerankRequest, notes: dict[str, str]) -> dict[str, Any]:
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
     async with state.hub.use(principal.owner, body.model) as model:
-        query = await asyncio.to_thread(model.tokenizer.encode, body.query)
+        query = await asyncio.to_thread(model.tokenizer.encode, body.query, within=True)
         prompts = await asyncio.to_thread(_prompts, model, body, texts, query)
         with Generation(state, principal, model, body.model, notes) as generation:
             shape = Shape(1, prompt_logprobs=0)

@@ -64,14 +64,22 @@ class TextChoice:
         is_told = self.num_top is not None and prompt is not None and len(told) == len(prompt.ids) - 1
         if prompt is None or not (prompt.text or is_told):
             return None
-        new, offset = _Told(), 0
+        new, offset = _Told(), -self._num_unsaid(prompt.ids)
         for place, token_id in enumerate(prompt.ids if is_told else ()):
             is_special = token_id in self.model.tokenizer.special_ids
             if is_special and prompt.is_framed:
                 continue
-            self._tell(new, token_id, offset, told[place - 1] if place > 0 else None)
+            self._tell(new, token_id, max(0, offset), told[place - 1] if place > 0 else None)
             offset += 0 if is_special else len(new.tokens[-1])
         return self._piece(prompt.text, new)
+
+    def _num_unsaid(self, ids: Sequence[int]) -> int:
+        """1 if the first token begins with a space that the tokenizer put before the text, else 0."""
+        tokenizer = self.model.tokenizer
+        first = next((i for i in ids if i not in tokenizer.special_ids), None)
+        if first is None or not tokenizer.token_bytes(first).startswith(b" "):
+            return 0
+        return int(not tokenizer.decode([first]).startswith(" "))
 
     def take(self, event: TokenEvent) -> dict[str, Any] | None:
         """What the event adds; None if that is nothing."""

@@ -72,7 +72,12 @@ class EngineModel:
     def score(self, prompts: Sequence[str], continuations: Sequence[Sequence[str]]) -> list[list[float]]:
         starts = [self._ids(prompt) for prompt in prompts]
         encode = self._tokenizer.encode
-        rows = [(start, encode(text)) for start, texts in zip(starts, continuations, strict=True) for text in texts]
+        within = self._renderer is None
+        rows = [
+            (start, encode(text, within=within))
+            for start, texts in zip(starts, continuations, strict=True)
+            for text in texts
+        ]
         if not all(ids for _, ids in rows):
             raise DataError("a continuation to be scored has no tokens; give it at least one letter")
         # The engine says the log-probability of every token but the first; the last ones are the continuation's.
@@ -84,7 +89,12 @@ class EngineModel:
         self._count += 1
         stop_ids = {self._tokenizer.end_of_text_id} | (self._renderer.stop_ids if self._renderer else set())
         return Request(
-            f"synth-{self._count}", self._asked(ask), ask.params, stop_ids=frozenset(stop_ids), stop=ask.stop
+            f"synth-{self._count}",
+            self._asked(ask),
+            ask.params,
+            stop_ids=frozenset(stop_ids),
+            stop=ask.stop,
+            continues=self._renderer is None,
         )
 
     def _asked(self, ask: Ask) -> tuple[int, ...]:

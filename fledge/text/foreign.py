@@ -1,8 +1,9 @@
 """Tokenizer files of other makers: what fledge needs of them, and how they get its special tokens.
 
-Layer 2, beneath text/tokenizer.py. Only byte-level files are read (GPT-2, Llama 3, Qwen, SmolLM and their like),
-because only they give back every text. Special tokens are adopted by name: since text never becomes one, a special
-token's name is a mere label, and renaming it in the file leaves every id, and so every weight, where it was.
+Layer 2, beneath text/tokenizer.py. Only files of byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM and their like) and of
+SentencePiece's BPE (text/sentencepiece.py) are read, because only they give back every text. Special tokens are adopted
+by name: since text never becomes one, a special token's name is a mere label, and renaming it in the file leaves every
+id, and so every weight, where it was.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import tokenizers as library
 from tokenizers import decoders, models, pre_tokenizers
 
 from fledge.errors import TokenizerError
+from fledge.text import sentencepiece
+from fledge.text.sentencepiece import parts
 from fledge.text.subwords import NAMED_SPECIAL_TOKENS, REQUIRED_SPECIAL_TOKENS, byte_alphabet
 
 NEW_PAD = "<|fledge_pad|>"  # the published name of padding that no published token serves as
@@ -86,13 +89,17 @@ def load_core(data: bytes) -> library.Tokenizer:
     return core
 
 
-def refuse_unless_byte_level(layout: Mapping[str, Any]) -> None:
-    """`TokenizerError` unless text is split into bytes without anything being added to it."""
-    parts = [part for key in ("pre_tokenizer", "normalizer") for part in _parts(layout.get(key))]
-    byte_level = [part for part in parts if part.get("type") == "ByteLevel"]
+def refuse_unless_exact(layout: Mapping[str, Any]) -> None:
+    """`TokenizerError` unless every text comes back from its tokens: they are made of bytes, or of SentencePiece's."""
+    if sentencepiece.is_sentencepiece(layout):
+        return sentencepiece.refuse_unless_exact(layout)
+    found = [part for key in ("pre_tokenizer", "normalizer") for part in parts(layout.get(key))]
+    byte_level = [part for part in found if part.get("type") == "ByteLevel"]
     if not byte_level:
-        kinds = ", ".join(str(part.get("type")) for part in parts) or "nothing"
-        raise TokenizerError(f"does not work on bytes (it splits by {kinds}); only byte-level files are read")
+        kinds = ", ".join(str(part.get("type")) for part in found) or "nothing"
+        raise TokenizerError(
+            f"does not work on bytes (it splits by {kinds}); only byte-level files and SentencePiece's BPE are read"
+        )
     if any(part.get("add_prefix_space") for part in byte_level):
         raise TokenizerError(
             "puts a space before every text, which then does not come back; set add_prefix_space to false"
@@ -101,6 +108,7 @@ def refuse_unless_byte_level(layout: Mapping[str, Any]) -> None:
         raise TokenizerError(
             "marks the ends of words, so its tokens have no exact bytes; only byte-level files are read"
         )
+    return None
 
 
 def adopt(data: bytes, special_tokens: Mapping[str, str | None]) -> bytes:
@@ -137,7 +145,7 @@ def adopt_imported(
     layout = parse(data)
     vocab, added = layout["model"]["vocab"], layout["added_tokens"]
     if not isinstance(vocab, dict):
-        raise TokenizerError(f"is a {layout['model'].get('type')} vocabulary; only byte-level BPE is imported")
+        raise TokenizerError(f"is a {layout['model'].get('type')} vocabulary; only BPE is imported")
     ids: dict[str, int] = {**vocab, **{token["content"]: token["id"] for token in added}}
     _refuse_other_models(ids, vocab_size)
     if pad is None or pad == document or pad in used or pad not in ids:
@@ -170,7 +178,7 @@ def give_back(data: bytes, names: Mapping[str, str]) -> bytes:
     layout["added_tokens"] = [
         {**token, "content": theirs.get(token["content"], token["content"])}
         for token in layout["added_tokens"]
-        if token["content"] != "<|pad|>" or not (was_ours or pad in byte_alphabet().values())
+        if token["content"] != "<|pad|>" or not (was_ours or pad in _unheard_bytes(layout))
     ]
     vocab: Mapping[str, int] = layout["model"]["vocab"]
     layout["model"]["vocab"] = {
@@ -192,7 +200,7 @@ def _unused(layout: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int, 
     if len(set(ids.values())) < vocab_size:
         return NEW_PAD
     letters = {letter for merge in layout["model"].get("merges", ()) for part in merge for letter in part}
-    bytes_left = [char for byte in BYTES_OUTSIDE_UTF8 if (char := byte_alphabet()[byte]) in ids and char not in letters]
+    bytes_left = [token for token in _unheard_bytes(layout) if token in ids and token not in letters]
     special = [
         token["content"] for token in layout["added_tokens"] if token["special"] and token["content"] not in used
     ]
@@ -200,6 +208,13 @@ def _unused(layout: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int, 
     if not unused:
         raise TokenizerError("leaves no id to pad with: every row of the model has a token that is in use")
     return str(unused[0])
+
+
+def _unheard_bytes(layout: Mapping[str, Any]) -> list[str]:
+    """The tokens of the bytes that no text holds."""
+    if sentencepiece.is_sentencepiece(layout):
+        return [f"<0x{byte:02X}>" for byte in BYTES_OUTSIDE_UTF8]
+    return [byte_alphabet()[byte] for byte in BYTES_OUTSIDE_UTF8]
 
 
 def gpt2_layout(vocab: bytes, merges: bytes) -> bytes:
@@ -215,17 +230,6 @@ def gpt2_layout(vocab: bytes, merges: bytes) -> bytes:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([library.AddedToken("<|endoftext|>", special=True, normalized=False)])
     return core.to_str(pretty=False).encode()
-
-
-def _parts(component: Any) -> Iterator[Mapping[str, Any]]:
-    """A component of the file, or what stands inside when it is a sequence."""
-    if isinstance(component, Mapping):
-        inner = component.get("pretokenizers") or component.get("normalizers")
-        if isinstance(inner, list):
-            for part in inner:
-                yield from _parts(part)
-        else:
-            yield component
 
 
 def _refuse_wrong_mapping(special_tokens: Mapping[str, str | None], added: Mapping[str, Any]) -> None:

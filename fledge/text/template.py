@@ -20,16 +20,12 @@ from typing import Any
 
 from fledge.config import config_hash
 from fledge.errors import TokenizerError, UserError
-from fledge.text.sandbox import OPEN, OPEN_IN_ASCII, OPEN_IN_JSON, ChatProgram
+from fledge.text.sandbox import ChatProgram
 from fledge.text.tokenizer import Tokenizer
 from fledge.text.tools import Tool, show_tools
+from fledge.text.veil import PRIVATE, Veil
 from fledge.types import CallPart, Conversation, Message, Rendered, Role, Termination
 
-# A placeholder is a number in private-use characters, between two others; none of these is let through from anywhere.
-_CLOSE, _ZERO = "\ue001", 0xE010
-_PRIVATE = re.compile("[\ue000-\ue0ff]")
-_PLACEHOLDER = re.compile(f"([{OPEN}{OPEN_IN_JSON}{OPEN_IN_ASCII}][\ue010-\ue019]+){_CLOSE}")
-APART = -1  # the message of what is hidden but no content
 _TAG = re.compile(r"</?\w+>")
 
 
@@ -68,7 +64,7 @@ class TemplateRenderer:
     def __init__(
         self, tokenizer: Tokenizer, template: ImportedTemplate, now: Callable[[], datetime] = datetime.now
     ) -> None:
-        if _PRIVATE.search(template.source):
+        if PRIVATE.search(template.source):
             raise TokenizerError("the chat template holds private-use characters (U+E000 to U+E0FF)")
         self.tokenizer = tokenizer
         self.template = template
@@ -137,28 +133,60 @@ class TemplateRenderer:
 
     def _runs(self, conversation: Conversation, *, is_open: bool) -> Iterator[_Run]:
         """The template's output, cut into its own text and the contents, each encoded apart."""
-        veil = _Veil(self._special_pattern, self._tags)
+        veil = Veil(self._special_pattern, self._tags)
         messages = [self._bare(veil, number, message) for number, message in enumerate(conversation.messages)]
-        variables = {
-            "tools": [veil.json(Tool.of(json.loads(tool)).to_json()) for tool in conversation.tools] or None,
+        tools = [veil.json(Tool.of(json.loads(tool)).to_json()) for tool in conversation.tools] or None
+        variables = {**self._variables(messages, is_open=is_open), "tools": tools}
+
+        def without_margins() -> str:
+            bare = [{**message, "content": veil.without_margins(message["content"])} for message in messages]
+            return self._program.render({**variables, "messages": bare})
+
+        text = self._program.render(variables)
+        lifted = list(veil.lift(text, without_margins))
+        yield from self._encoded(lifted if self.tokenizer.opening is None else self._spaced(lifted, conversation))
+
+    def _encoded(self, lifted: Iterable[tuple[str, int | None]]) -> Iterator[_Run]:
+        """The ids of texts; of those that follow on a special token as the tokenizer opens a text there."""
+        is_opening = True
+        for text, number in lifted:
+            place = 0
+            for match in self._special_pattern.finditer(text) if number is None else ():
+                before = self.tokenizer.encode(text[place : match.start()], within=not is_opening)
+                yield _Run((*before, self._special[match[0]]), None)
+                place, is_opening = match.end(), self.tokenizer.opening == "always"
+            yield _Run(tuple(self.tokenizer.encode(text[place:], within=not is_opening)), number)
+            is_opening = is_opening and place == len(text)
+
+    def _spaced(
+        self, lifted: Sequence[tuple[str, int | None]], conversation: Conversation
+    ) -> Iterator[tuple[str, int | None]]:
+        """The spaces that the template writes before a content go to that content: these tokenizers spell a word with
+        the space before it. Not before an answer that the template asks for with the space already written."""
+        spaces = ""
+        for place, (text, number) in enumerate(lifted):
+            following = lifted[place + 1][1] if place + 1 < len(lifted) else None
+            is_answer = (
+                following is not None and following >= 0 and conversation.messages[following].role == "assistant"
+            )
+            own, moved = text.rstrip(" "), ""
+            if number is None and following is not None and not (is_answer and self._asks_with_space):
+                moved = text[len(own) :]
+            yield spaces + text[: len(text) - len(moved)], number
+            spaces = moved
+
+    def _variables(self, messages: Sequence[Mapping[str, Any]], *, is_open: bool) -> dict[str, Any]:
+        """What a template sees, as `transformers` names it."""
+        return {
+            "messages": messages,
+            "tools": None,
             "documents": None,
             "bos_token": self.template.bos_token or "",
             "eos_token": self.template.eos_token or "",
             "add_generation_prompt": is_open,
         }
 
-        def without_margins() -> str:
-            bare = [{**message, "content": veil.without_margins(message["content"])} for message in messages]
-            return self._program.render({**variables, "messages": bare})
-
-        text = self._program.render({**variables, "messages": messages})
-        for piece, number in veil.lift(text, without_margins):
-            if number is None:
-                yield from self._own_text(piece)
-            else:
-                yield _Run(tuple(self.tokenizer.encode(piece)), number)
-
-    def _bare(self, veil: _Veil, number: int, message: Message) -> dict[str, Any]:
+    def _bare(self, veil: Veil, number: int, message: Message) -> dict[str, Any]:
         """A message as the template sees it. Calls are given apart to a template that asks for them."""
         calls = [part for part in message.parts if isinstance(part, CallPart)] if self._asks_for_calls else []
         text = "".join(part.text for part in message.parts if part not in calls)
@@ -169,13 +197,6 @@ class TemplateRenderer:
             bare["tool_calls"] = [veil.json(_as_json(call), number) for call in calls]
         named = {"name": message.name, "tool_call_id": message.call_id}
         return {**bare, **{key: veil.json(value) for key, value in named.items() if value is not None}}
-
-    def _own_text(self, text: str) -> Iterator[_Run]:
-        place = 0
-        for match in self._special_pattern.finditer(text):
-            yield _Run((*self.tokenizer.encode(text[place : match.start()]), self._special[match[0]]), None)
-            place = match.end()
-        yield _Run(tuple(self.tokenizer.encode(text[place:])), None)
 
     def _prefix_length(self, before: Conversation, ids: Sequence[int]) -> int:
         prompt = self.prompt(before)
@@ -228,6 +249,14 @@ class TemplateRenderer:
         return next(following, min(stops, default=self.tokenizer.end_of_text_id))
 
     @cached_property
+    def _asks_with_space(self) -> bool:
+        """Whether the text that asks for an answer ends with a space."""
+        try:
+            return self._program.render(self._variables([{"role": "user", "content": "a"}], is_open=True)).endswith(" ")
+        except UserError:
+            return False
+
+    @cached_property
     def _openings(self) -> dict[Role, tuple[int, ...]]:
         """The ids that open each role's turn, from a special token on; without one a turn cannot be found again."""
         found: dict[Role, tuple[int, ...]] = {}
@@ -265,92 +294,6 @@ class TemplateRenderer:
         return between[places[0] :] if places else ()
 
 
-class _Veil:
-    """Hides contents behind placeholders, and puts them back into what a template made of these."""
-
-    def __init__(self, special: re.Pattern[str], tags: frozenset[str]) -> None:
-        self._unsafe = re.compile(f"{special.pattern}|{_PRIVATE.pattern}")
-        self._tags = re.compile("(" + "|".join(map(re.escape, sorted(tags))) + ")") if tags else None
-        self._hidden: list[_Hidden] = []
-
-    def content(self, number: int, text: str, role: Role) -> str:
-        """What the template sees of a message: placeholders with the content's own white space around them, and, in
-        what the assistant said, the tags that the template asks for."""
-        parts = self._tags.split(text) if self._tags and role == "assistant" else [text]
-        parts = parts if any(part.strip() for part in parts[::2]) else [text]  # tags alone are nothing to look for
-        return "".join(part if index % 2 else self._hide(part, number) for index, part in enumerate(parts))
-
-    def json(self, value: Any, number: int = APART) -> Any:
-        """A JSON value of message `number` in which nothing could become a special token or a placeholder."""
-        if isinstance(value, str):
-            return self._unsafe.sub(lambda match: self._place(_Hidden(number, match[0], "", "")), value)
-        if isinstance(value, Mapping):
-            return {self.json(key, number): self.json(item, number) for key, item in value.items()}
-        return [self.json(item, number) for item in value] if isinstance(value, list) else value
-
-    def without_margins(self, content: str) -> str:
-        """A result of `content` without the white space around its placeholders."""
-        return re.sub(rf"\s*({_PLACEHOLDER.pattern})\s*", r"\1", content)
-
-    def lift(self, text: str, again: Callable[[], str]) -> Iterator[tuple[str, int | None]]:
-        """(text, number of the message whose content it is) of what a template made; None for its own text.
-
-        White space around a placeholder is the content's if it was and the template left it: that shows by comparing
-        with `again()`, which renders the contents without any. What is unclear stays with the template's text.
-        """
-        own, found = _PLACEHOLDER.split(text)[::2], _PLACEHOLDER.findall(text)
-        if any(_number(one) >= len(self._hidden) for one in found):
-            raise UserError("the model's chat template garbles what it is given")
-        hidden = [self._hidden[_number(one)] for one in found]
-        margins = [("", "")] * len(hidden)
-        if any(one.before or one.after for one in hidden):
-            bare = again()
-            if _PLACEHOLDER.findall(bare) == found:
-                own, margins = _margins(own, _PLACEHOLDER.split(bare)[::2], hidden)
-        for literal, place, one, (before, after) in zip(own, found, hidden, margins, strict=False):
-            yield literal, None
-            yield before + _as_it_stands(one.text, place[0]) + after, one.message
-        yield own[-1], None
-
-    def _hide(self, text: str, message: int) -> str:
-        core = text.strip()
-        if not core:
-            return text
-        before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
-        return before + self._place(_Hidden(message, core, before, after)) + after
-
-    def _place(self, hidden: _Hidden) -> str:
-        self._hidden.append(hidden)
-        return OPEN + "".join(chr(_ZERO + int(digit)) for digit in str(len(self._hidden) - 1)) + _CLOSE
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """`text` of message number `message` (APART: of none), with the white space that stood around it."""
-
-    message: int
-    text: str
-    before: str
-    after: str
-
-
-def _margins(
-    own: Sequence[str], bare: Sequence[str], hidden: Sequence[_Hidden]
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """The template's own texts without the contents' white space, and that of every content."""
-    texts, before, after = [], [""] * len(hidden), [""] * len(hidden)
-    for place, (literal, plain) in enumerate(zip(own, bare, strict=True)):
-        tail = hidden[place - 1].after if place else ""
-        head = hidden[place].before if place < len(hidden) else ""
-        kept = [(a, b) for a, b in ((tail, head), (tail, ""), ("", head), ("", "")) if a + plain + b == literal]
-        texts.append(plain if kept else literal)
-        if kept and place:
-            after[place - 1] = kept[0][0]
-        if kept and place < len(hidden):
-            before[place] = kept[0][1]
-    return texts, list(zip(before, after, strict=True))
-
-
 def _as_json(call: CallPart) -> dict[str, Any]:
     """A call in OpenAI's form, its arguments as a mapping where they are one, as templates of `transformers` expect."""
     try:
@@ -359,16 +302,6 @@ def _as_json(call: CallPart) -> dict[str, Any]:
         arguments = call.arguments
     about = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
     return about if call.id is None else {**about, "id": call.id}
-
-
-def _number(place: str) -> int:
-    """The number in a placeholder, after what opens it."""
-    return int("".join(str(ord(digit) - _ZERO) for digit in place[1:]))
-
-
-def _as_it_stands(text: str, opening: str) -> str:
-    """A content in the place of its placeholder, escaped if that is inside JSON."""
-    return text if opening == OPEN else json.dumps(text, ensure_ascii=opening == OPEN_IN_ASCII)[1:-1]
 
 
 def _joined(runs: Iterable[_Run]) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 Layer 2. Three promises on top of the library's: text never becomes a special token, whatever it says; every token
 has exact bytes, so that decoding gives back every Unicode text; and a tokenizer is known by the hash of its file.
+Some tokenizers (text/sentencepiece.py) put a space before a text that is not its own: whoever encodes or decodes what
+stands `within` a text, behind other tokens of it, says so. To all others that makes no difference.
 Vocabularies are learned in text/subwords.py; files of other makers are adopted in text/foreign.py.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -19,7 +22,8 @@ import tokenizers as library
 
 from fledge.errors import TokenizerError
 from fledge.files import write_file
-from fledge.text.foreign import adopt, load_core, parse, refuse_unless_byte_level
+from fledge.text import sentencepiece
+from fledge.text.foreign import adopt, load_core, parse, refuse_unless_exact
 from fledge.text.subwords import (
     NAMED_SPECIAL_TOKENS,
     REQUIRED_SPECIAL_TOKENS,
@@ -57,20 +61,26 @@ class Tokenizer:
     """A vocabulary with fledge's special tokens. Built from the bytes of a tokenizer.json, which `save` writes back.
 
     `vocab_size` counts every id, `hash` is the sha256 of the file. `spoken_ids` are its special tokens among
-    `SPOKEN_TOKENS`, by name; `framing_ids` all other special ones: they stand around texts and say nothing. Raises
+    `SPOKEN_TOKENS`, by name; `framing_ids` all other special ones: they stand around texts and say nothing. `opening`
+    says where a space stands that is no text's own, None for a vocabulary that is not SentencePiece's. Raises
     `TokenizerError` if the file is damaged, does not work on bytes, lacks one of `REQUIRED_SPECIAL_TOKENS`, or gives
     both one id.
     """
 
     def __init__(self, data: bytes) -> None:
         layout = parse(data)
-        refuse_unless_byte_level(layout)
+        refuse_unless_exact(layout)
         self._data = data
-        self._core = load_core(data)
+        is_spaced = sentencepiece.is_sentencepiece(layout)
+        self.opening = sentencepiece.opening_of(layout) if is_spaced else None
+        self._core = load_core(json.dumps(sentencepiece.within(layout)).encode() if is_spaced else data)
         self._core.encode_special_tokens = True  # names of special tokens in a text are ordinary text
         self._special_ids = {token["content"]: token["id"] for token in layout["added_tokens"] if token["special"]}
         _refuse_missing(self._special_ids)
-        self._bytes = _token_bytes(self._core, layout)
+        self._bytes = _token_bytes(self._core, layout, is_spaced)
+        ids = self._core.get_vocab(with_added_tokens=False) if is_spaced else {}
+        # The letter that spells a space is one as well, and only bytes spell it: none where it is a letter like others.
+        self._spaces = [ids[f"<0x{byte:02X}>"] for byte in sentencepiece.SPACE.encode()] if is_spaced else []
         self._never = frozenset(self._special_ids.values())
         self.spoken_ids = {name: self._special_ids[name] for name in SPOKEN_TOKENS if name in self._special_ids}
         self.framing_ids = self._never - frozenset(self.spoken_ids.values())
@@ -115,19 +125,20 @@ class Tokenizer:
         """Whether every id means the same to both, however they cut texts into tokens."""
         return self._bytes == other._bytes and self._special_ids == other._special_ids
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, within: bool = False) -> list[int]:
         """The ids of a text, never a special one. `TokenizerError` if it holds a lone surrogate."""
         refuse_half_characters(text)
+        text = text if within else self._opened(text)
         ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
-        return ids if self._never.isdisjoint(ids) else self._encode_cut(text)
+        return ids if self._is_plain(text, ids) else self._encode_cut(text)
 
     def encode_spoken(self, text: str) -> list[int]:
-        """As `encode`, but names of `spoken_ids` become these: for text that is ours, never for a user's."""
+        """As `encode` within a text, but names of `spoken_ids` become these: for text that is ours, never a user's."""
         if not self.spoken_ids:
-            return self.encode(text)
+            return self.encode(text, within=True)
         parts = re.split("(" + "|".join(map(re.escape, self.spoken_ids)) + ")", text)
         spoken = self.spoken_ids
-        return [i for part in parts for i in ([spoken[part]] if part in spoken else self.encode(part))]
+        return [i for part in parts for i in ([spoken[part]] if part in spoken else self.encode(part, within=True))]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores; the results stand in the order of the texts."""
@@ -135,15 +146,18 @@ class Tokenizer:
         for some in _portions(texts):
             for text in some:
                 refuse_half_characters(text)
-            encoded += [e.ids for e in self._core.encode_batch_fast(some, add_special_tokens=False)]
-        return [
-            ids if self._never.isdisjoint(ids) else self._encode_cut(text)
-            for ids, text in zip(encoded, texts, strict=True)
-        ]
+            opened = [self._opened(text) for text in some]
+            found = [e.ids for e in self._core.encode_batch_fast(opened, add_special_tokens=False)]
+            encoded += [
+                ids if self._is_plain(text, ids) else self._encode_cut(text)
+                for ids, text in zip(found, opened, strict=True)
+            ]
+        return encoded
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, within: bool = False) -> str:
         """The text of ids, framing tokens dropped; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        spelled = Spelled(self, within)
+        return b"".join(map(spelled.push, ids)).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes a token stands for, none for one that frames. `TokenizerError` if there is no such id."""
@@ -156,9 +170,24 @@ class Tokenizer:
         names = {token_id: name for name, token_id in self._special_ids.items()}
         return [names.get(i) or self.token_bytes(i).decode(errors="backslashreplace") for i in ids]
 
+    def _opened(self, text: str) -> str:
+        return f" {text}" if text and self.opening in ("always", "first") else text
+
+    def _is_plain(self, text: str, ids: Sequence[int]) -> bool:
+        return self._never.isdisjoint(ids) and not (self._spaces and sentencepiece.SPACE in text)
+
     def _encode_cut(self, text: str) -> list[int]:
-        """Encode a text that names a special token where the vocabulary itself would spell that token (some
-        foreign files): every such name is cut after its first character and the parts are encoded apart."""
+        """Encode a text that names a special token where the vocabulary itself would spell that token (some foreign
+        files), or holds the letter that stands for a space: every such name is cut after its first character, that
+        letter is spelled in bytes, and the parts are encoded apart."""
+        if self._spaces and sentencepiece.SPACE in text:
+            parts = text.split(sentencepiece.SPACE)
+            encoded = self._core.encode_batch_fast(parts, add_special_tokens=False)
+            plain = [
+                e.ids if self._never.isdisjoint(e.ids) else self._encode_cut(part)
+                for part, e in zip(parts, encoded, strict=True)
+            ]
+            return plain[0] + [i for ids in plain[1:] for i in (*self._spaces, *ids)]
         names = re.compile("|".join(re.escape(name) for name in self._special_ids if name))
         cuts = [0, *(match.start() + 1 for match in names.finditer(text)), len(text)]
         parts = [text[start:end] for start, end in pairwise(cuts)]
@@ -168,22 +197,47 @@ class Tokenizer:
         return ids
 
 
+class Spelled:
+    """The bytes of ids one by one, without the spaces that the tokenizer puts before texts."""
+
+    def __init__(self, tokenizer: Tokenizer, within: bool) -> None:
+        self._tokenizer, self._within = tokenizer, within
+        self.restart()
+
+    def restart(self) -> None:
+        self._is_opening = self._tokenizer.opening in ("always", "first") and not self._within
+
+    def push(self, token_id: int) -> bytes:
+        """What this token adds. `TokenizerError` if there is no such id."""
+        tokenizer = self._tokenizer
+        data = tokenizer.token_bytes(token_id)
+        if tokenizer.opening in (None, "never"):
+            return data
+        if token_id in tokenizer.framing_ids:
+            self._is_opening = tokenizer.opening == "always" or token_id == tokenizer.end_of_text_id
+        elif self._is_opening and data:
+            self._is_opening = False
+            return data.removeprefix(b" ")
+        return data
+
+
 class StreamDecoder:
     """Turns ids into text as they come, holding back what may be half a character.
 
     What `push` and the final `flush` return, joined, is what `Tokenizer.decode` makes of the same ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, within: bool = False) -> None:
+        self._spelled = Spelled(tokenizer, within)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, perhaps none."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._decoder.decode(self._spelled.push(token_id))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD if the ids ended within a character, else nothing. Then it starts anew."""
+        self._spelled.restart()
         return self._decoder.decode(b"", final=True)
 
 
@@ -198,20 +252,24 @@ def _refuse_missing(special_ids: Mapping[str, int]) -> None:
         raise TokenizerError("padding and end of text are one token; padding needs an id of its own")
 
 
-def _token_bytes(core: library.Tokenizer, layout: Mapping[str, Any]) -> tuple[bytes, ...]:
+def _token_bytes(core: library.Tokenizer, layout: Mapping[str, Any], is_spaced: bool) -> tuple[bytes, ...]:
     """The bytes of every id. Ids that a foreign file leaves unused have none."""
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
-    added = {
-        token["id"]: b"" if token["special"] and token["content"] not in SPOKEN_TOKENS else token["content"].encode()
-        for token in layout["added_tokens"]
-    }
+    added = {}
+    for token in layout["added_tokens"]:
+        name = token["content"]
+        said = name.replace(sentencepiece.SPACE, " ") if is_spaced else name
+        added[token["id"]] = b"" if token["special"] and name not in SPOKEN_TOKENS else said.encode()
     prefix = layout["model"].get("continuing_subword_prefix") or ""
     vocab = {token_id: token for token, token_id in core.get_vocab(with_added_tokens=False).items()}
     table = []
     for token_id in range(max((*added, *vocab)) + 1):
         token = vocab.get(token_id, "").removeprefix(prefix)
         try:
-            table.append(added[token_id] if token_id in added else bytes(byte_of[char] for char in token))
+            spelled = added.get(token_id)
+            if spelled is None:
+                spelled = sentencepiece.spell(token) if is_spaced else bytes(byte_of[char] for char in token)
+            table.append(spelled)
         except KeyError as error:
             raise TokenizerError(
                 f"token {token_id} ({token!r}) is not spelled in bytes; only byte-level files are read"

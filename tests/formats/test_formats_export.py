@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from fledge.formats.gguf import read_gguf
 from fledge.formats.gguf_models import read_model
 from fledge.formats.gguf_tokenizer import read_tokenizer
 from fledge.formats.huggingface_tokenizer import read_tokenizer as read_huggingface_tokenizer
+from fledge.models.llama import Llama, LlamaConfig
 from fledge.models.scalar import ScalarModel
 from fledge.text.published import adopt_published
 from fledge.text.template import TemplateRenderer
 from fledge.types import Conversation
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
+import sentencepiece_samples as pieced
 
 CHAT = Conversation.of(("user", "Empty?"), ("assistant", "12."), ("user", "天气\n?"))
 
@@ -62,6 +67,53 @@ def test_what_is_exported_is_imported_as_the_same_tokenizer_and_template(way: st
         loaded.tokenizer.end_of_text_id,
     )
     for text in TEXTS:
+        assert tokenizer.encode(text) == loaded.tokenizer.encode(text)
+
+
+def of_pieces(directory: Path) -> LoadedModel:
+    """A checkpoint of a model with a vocabulary of SentencePiece's, as an import leaves it."""
+    size = len(pieced.pieces())
+    model = Llama(LlamaConfig(size, 48, 2, 6, 2, 64, 64))
+    model.init_weights(torch.Generator().manual_seed(5))
+    tokenizer, template = adopt_published(pieced.published(), size)
+    hashed = TemplateRenderer(tokenizer, template).hash
+    info = CheckpointInfo("llama", to_json(model.config), "imported", tokenizer.hash, hashed)
+    save_model(directory, model, tokenizer, info, template)
+    return load_model(directory)
+
+
+def test_a_model_of_pieces_reads_and_says_the_same_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    loaded = of_pieces(tmp_path / "model")
+    export_huggingface(loaded, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in pieced.TEXTS:
+        if "<s>" not in text:  # which theirs takes for the token
+            ids = their_tokenizer(text)["input_ids"]
+            assert ids == [1, *loaded.tokenizer.encode(text)]
+            assert their_tokenizer.decode(ids, skip_special_tokens=True) == text == loaded.tokenizer.decode(ids)
+    ids = loaded.renderer.prompt(CHAT)
+    model: Any = loaded.model
+    with torch.no_grad():
+        found = theirs(torch.tensor([ids])).logits.log_softmax(-1)
+        torch.testing.assert_close(found, model.next_logprobs(torch.tensor([ids])), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["huggingface", "gguf"])
+def test_pieces_that_are_exported_are_imported_as_the_same(way: str, tmp_path: Path) -> None:
+    loaded = of_pieces(tmp_path / "model")
+    if way == "gguf":
+        assert export_gguf(loaded, tmp_path / "out")
+        read = read_tokenizer(read_gguf(tmp_path / "out"))
+    else:
+        export_huggingface(loaded, tmp_path / "out")
+        read = read_huggingface_tokenizer(tmp_path / "out")
+    tokenizer, template = adopt_published(read, len(pieced.pieces()))
+    assert (template, tokenizer.opening) == (loaded.template, loaded.tokenizer.opening)
+    assert tokenizer.has_tokens_of(loaded.tokenizer)
+    for text in pieced.TEXTS:
         assert tokenizer.encode(text) == loaded.tokenizer.encode(text)
 
 

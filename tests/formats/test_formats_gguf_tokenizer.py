@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from fledge.errors import CheckpointError, TokenizerError
 from fledge.formats.gguf import FLOAT32, INT32, Typed, read_gguf, write_gguf
 from fledge.formats.gguf_tokenizer import RULES, read_tokenizer, tokenizer_metadata
 from fledge.text.published import PublishedTokenizer, adopt_published
+from fledge.text.sentencepiece import Kind, Opening, Piece, layout_of
 from fledge.text.tokenizer import TokenizerConfig, train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
+import sentencepiece_samples as pieced
 
 SENTENCES = (
     *TEXTS,
@@ -134,7 +139,8 @@ def test_rules_have_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model": "llama"}, "a tokenizer of kind 'llama' is not supported"),
+        ({"model": "t5"}, "a tokenizer of kind 't5' is not supported: known are byte-level BPE, 'gpt2', and"),
+        ({"model": "llama"}, "scores must hold a number for each"),
         ({"model": None}, "kind None"),
         ({"pre": "viking"}, "pre 'viking' is not supported: known are gpt-2"),
         ({"pre": 7}, "pre 7 must be a str"),
@@ -191,3 +197,84 @@ def test_merges_of_tokens_that_are_not_there_are_refused(tmp_path: Path) -> None
     found = through(tmp_path / "t.gguf", published(), merges=["a b", "zz yy"])
     with pytest.raises(TokenizerError, match="merges 'a' and 'b', which its vocabulary lacks"):
         adopt_published(found, VOCAB)
+
+
+# SentencePiece's kind, "llama".
+
+SPACED = Piece("▁▁▁", 0.0, Kind.USER_DEFINED)
+NAMED = Piece("<|user|>", 0.0, Kind.USER_DEFINED)
+
+
+@pytest.mark.parametrize("opening", ["always", "never"])
+def test_pieces_come_back_with_all_that_is_said_of_them(opening: Opening, tmp_path: Path) -> None:
+    given = replace(pieced.published(opening, of=(SPACED, NAMED)), pad="<unk>")
+    found = through(tmp_path / "t.gguf", given)
+    assert replace(found, data=b"") == replace(given, data=b"")
+    assert json.loads(found.data) == json.loads(given.data)
+    kept = read_gguf(tmp_path / "t.gguf").metadata
+    pieces = pieced.pieces(SPACED, NAMED)
+    assert list(kept["tokenizer.ggml.token_type"]) == [piece.kind for piece in pieces]
+    as_llama_cpp_has_it = ["   " if piece == SPACED else piece.text for piece in pieces]
+    assert kept["tokenizer.ggml.tokens"] == as_llama_cpp_has_it
+    assert kept["tokenizer.ggml.add_space_prefix"] is (opening == "always")
+
+
+def test_rows_without_a_piece_are_written_as_unused_and_read_as_none(tmp_path: Path) -> None:
+    size = len(pieced.pieces()) + 2
+    write_gguf(tmp_path / "t.gguf", tokenizer_metadata(pieced.published(), size)[0], [])
+    found = read_tokenizer(read_gguf(tmp_path / "t.gguf"))
+    assert json.loads(found.data) == json.loads(pieced.published().data)
+    assert adopt_published(found, size)[0].pad_id == size - 1
+
+
+def test_what_a_file_of_pieces_leaves_out_is_as_llama_cpp_has_it(tmp_path: Path) -> None:
+    keys = ("bos_token_id", "eos_token_id", "add_bos_token", "add_space_prefix", "pre", "unknown_token_id")
+    found = through(tmp_path / "t.gguf", pieced.published(), **dict.fromkeys(keys))
+    assert replace(found, data=b"") == replace(pieced.published(), data=b"")
+    assert json.loads(found.data) == json.loads(pieced.published().data)
+    assert not through(tmp_path / "u.gguf", pieced.published(), add_bos_token=False).begins
+
+
+def test_merges_that_came_from_no_scores_are_written_and_told() -> None:
+    source = pieced.published()
+    size = len(pieced.pieces())
+    assert tokenizer_metadata(source, size)[1]
+    layout = json.loads(source.data)
+    del layout["model"]["merges"][-1]
+    assert not tokenizer_metadata(replace(source, data=json.dumps(layout).encode()), size)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"scores": None}, "scores must hold a number for each"),
+        ({"scores": Typed(FLOAT32, [0.0])}, "scores must hold a number for each"),
+        ({"scores": Typed(INT32, [0] * len(pieced.pieces()))}, "scores must hold a number for each"),
+        ({"scores": Typed(FLOAT32, [math.inf] * len(pieced.pieces()))}, "scores must hold a number for each"),
+        ({"scores": ["0"]}, "scores must hold a number for each"),
+        ({"token_type": Typed(INT32, [9] * len(pieced.pieces()))}, "token_type must hold numbers from 1 to 6"),
+        ({"add_space_prefix": 1}, "add_space_prefix 1 must be a bool"),
+        ({"bos_token_id": 9999}, "bos_token_id 9999 is outside"),
+    ],
+)
+def test_pieces_that_cannot_be_used_are_refused_by_name(
+    changes: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=complaint):
+        through(tmp_path / "t.gguf", pieced.published(), **changes)
+
+
+def test_a_piece_of_absurd_length_is_refused(tmp_path: Path) -> None:
+    metadata, _ = tokenizer_metadata(pieced.published(), len(pieced.pieces()))
+    metadata["tokenizer.ggml.tokens"][300] = "a" * 100_000
+    write_gguf(tmp_path / "t.gguf", metadata, [])
+    with pytest.raises(CheckpointError, match=r"t\.gguf: its vocabulary has pieces of up to 100,000"):
+        read_tokenizer(read_gguf(tmp_path / "t.gguf"))
+
+
+def test_a_vocabulary_without_bytes_is_refused_when_it_is_to_be_used(tmp_path: Path) -> None:
+    few = [piece for piece in pieced.pieces() if piece.kind != Kind.BYTE]
+    source = PublishedTokenizer(json.dumps(layout_of(few, "always")).encode(), "<s>", ("</s>",), None, True)
+    found = through(tmp_path / "t.gguf", source)
+    with pytest.raises(TokenizerError, match="no tokens for single bytes"):
+        adopt_published(found, len(few))

@@ -31,7 +31,7 @@ BLOCK = 4
 class Words:
     """A tokenizer whose tokens are numbers."""
 
-    vocab_size, pad_id = VOCAB, 1
+    vocab_size, pad_id, opening = VOCAB, 1, None
 
     def token_bytes(self, token_id: int) -> bytes:
         return f"{token_id} ".encode()
@@ -40,7 +40,7 @@ class Words:
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    vocab_size, pad_id = 256, 1
+    vocab_size, pad_id, opening = 256, 1, None
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -29,6 +30,9 @@ from fledge.text.subwords import Kind
 from fledge.text.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from fledge.text.tools import STYLES, Tool, call_grammar, read_calls
 from fledge.types import CallPart, Grammar, Request, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
+import sentencepiece_samples as pieced
 
 TEXTS = [
     'The quick brown fox {"name": "Fledge", "age": 12, "tags": ["a", "b"], "ok": true} jumps over the dog. ' * 3,
@@ -553,8 +557,8 @@ def test_compiled_grammars_are_kept_up_to_a_bound_and_not_for_ever(
 class Spelling(Tokenizer):
     """A tokenizer that spells every letter alone."""
 
-    def encode(self, text: str) -> list[int]:
-        return [i for letter in text for i in super(Spelling, self).encode(letter)]
+    def encode(self, text: str, *, within: bool = False) -> list[int]:
+        return [i for letter in text for i in super(Spelling, self).encode(letter, within=within)]
 
 
 def test_forced_text_is_spelled_as_the_tokenizer_spells_it(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -757,3 +761,53 @@ def test_under_auto_text_is_free_until_a_call_is_opened(bpe: Tokenizer, bpe_comp
             called.push(may[0])
         assert bpe.decode(said) == '{"name": "clock", "arguments": {}}\n</tool_call>'
         assert called.is_finished != is_parallel
+
+
+@pytest.fixture(scope="module")
+def of_pieces() -> Engine:
+    """A model whose tokenizer is SentencePiece's: letters, spaces and bytes, some of them under two ids."""
+    torch.manual_seed(0)
+    tokenizer = pieced.tokenizer()
+    return Engine(Llama(LlamaConfig(tokenizer.vocab_size, 32, 2, 2, 1, 48)), tokenizer, EngineConfig(num_blocks=200))
+
+
+def asked_of_pieces(name: str, grammar: Grammar | None, **more) -> Request:
+    tokenizer = pieced.tokenizer()
+    params = SamplingParams(max_tokens=60, seed=int(name), temperature=1.0)
+    return Request(
+        name,
+        (tokenizer.end_of_text_id, *tokenizer.encode("a bird")),
+        params,
+        stop_ids=frozenset({tokenizer.end_of_text_id, tokenizer.special_id("</s>")}),
+        grammar=grammar,
+        **more,
+    )
+
+
+def test_a_model_of_pieces_answers_in_what_its_grammar_says_spaces_and_all(of_pieces: Engine) -> None:
+    patterns = {"1": "( a| bird)", "2": "  nest", "3": "[天气é]{3}", "4": "in"}
+    answers = of_pieces.generate([asked_of_pieces(name, Grammar("regex", p)) for name, p in patterns.items()])
+    for [answer], pattern in zip(answers, patterns.values(), strict=True):
+        assert re.fullmatch(pattern, answer.text)
+        assert pieced.tokenizer().decode(answer.ids, within=True) == answer.text
+    [[answer]] = of_pieces.generate([asked_of_pieces("5", schema(PERSON))])
+    jsonschema.validate(json.loads(answer.text), PERSON)
+
+
+def test_what_a_grammar_forces_is_spelled_in_pieces_without_a_space_before_it() -> None:
+    tokenizer = pieced.tokenizer()
+    compiler = GrammarCompiler(tokenizer)
+    ids, _ = write(compiler, Grammar("lark", 'start: "[INST] a bird in"'))
+    compiler.close()
+    assert tokenizer.pieces(ids) == ["[", "INST", "]", " a", " bird", " in"]
+
+
+def test_an_answer_of_pieces_loses_a_space_unless_it_continues(of_pieces: Engine) -> None:
+    tokenizer = pieced.tokenizer()
+    bird = tokenizer.encode("bird")[0]
+    bias = {"logit_bias": ((bird, 100.0),), "max_tokens": 2}
+    own, continued = asked_of_pieces("6", None), asked_of_pieces("7", None, continues=True)
+    asked = [replace(one, params=replace(one.params, **bias)) for one in (own, continued)]
+    [[own_answer], [continued_answer]] = of_pieces.generate(asked)
+    assert own_answer.ids == continued_answer.ids == (bird, bird)
+    assert (own_answer.text, continued_answer.text) == ("bird bird", " bird bird")

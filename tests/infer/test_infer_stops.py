@@ -13,6 +13,8 @@ from fledge.infer.stops import AnswerText
 class Table:
     """A tokenizer over a list of byte strings."""
 
+    opening = None
+
     def __init__(self, tokens: list[bytes]) -> None:
         self.tokens = tokens
 

@@ -64,6 +64,16 @@ def test_a_revision_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert hub.asked[0].full_url.endswith("/org/bird/resolve/refs%2Fpr%2F1/config.json")
 
 
+def test_a_model_without_a_tokenizer_json_is_fetched_with_its_pieces(tmp_path: Path) -> None:
+    files = {**FILES, "tokenizer.model": b"pieces", "added_tokens.json": b"{}"}
+    assert "tokenizer.model" not in {path.name for path in fetch(Hub(files), tmp_path / "both").iterdir()}
+    del files["tokenizer.json"]
+    assert {path.name for path in fetch(Hub(files), tmp_path / "one").iterdir()} == set(files)
+    del files["tokenizer.model"]
+    with pytest.raises(UserError, match=r"tokenizer\.model"):
+        fetch(Hub(files), tmp_path / "none")
+
+
 def test_a_model_in_shards_is_fetched_by_its_index(tmp_path: Path) -> None:
     shards = {"a.safetensors": b"1", "b.safetensors": b"2"}
     index = json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}).encode()

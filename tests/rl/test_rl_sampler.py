@@ -20,7 +20,7 @@ PARAMS = SamplingParams(max_tokens=toy.RESPONSE)
 class Letters:
     """A tokenizer whose tokens are letters."""
 
-    vocab_size, pad_id = toy.VOCAB, toy.PAD
+    vocab_size, pad_id, opening = toy.VOCAB, toy.PAD, None
 
     def token_bytes(self, token_id: int) -> bytes:
         return toy.decode([token_id]).encode()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,13 @@ from serve_fakes import Server, entries, tokenizer
 from fledge.serve.chat_answer import token_text
 from fledge.serve.errors import ApiError
 from fledge.serve.hub import Hub, ModelEntry
-from fledge.serve.text_answer import TextChoice
+from fledge.serve.text_answer import Prompt, TextChoice
+from fledge.text.published import adopt_published
+from fledge.text.template import TemplateRenderer
 from fledge.types import TokenEvent, TokenLogprobs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
+import sentencepiece_samples as pieced
 
 pytestmark = pytest.mark.anyio
 TEXT = "/v1/completions"
@@ -97,6 +104,25 @@ async def test_a_token_is_among_its_alternatives_and_the_likelier_of_equal_texts
     told = TokenLogprobs(-3.0, 3, ((halves[0], -1.0), (halves[1], -2.0)))
     choice.take(TokenEvent(drawn, -3.0, "a", None, "r", model=told))
     assert choice.body["logprobs"]["top_logprobs"] == [{"\ufffd": -1.0, "a": -3.0}]
+
+
+async def test_the_space_that_a_tokenizer_puts_before_a_text_is_no_part_of_an_echo(server: Server) -> None:
+    given = pieced.published()
+    renderer = TemplateRenderer(*adopt_published(given, len(pieced.pieces())))
+    model = replace(await server.loader.load("fake", Path("fake")), renderer=renderer)
+    ids = [renderer.tokenizer.end_of_text_id, *renderer.tokenizer.encode("bird nest é")]
+    told = [TokenLogprobs(-1.0, 1, ())] * (len(ids) - 1)
+    found = TextChoice(0, model, 0).begin(Prompt(ids, "bird nest é", True), told)
+    assert found is not None
+    assert found["logprobs"]["tokens"][:3] == [" bird", " nest", " "]
+    assert found["logprobs"]["text_offset"][:4] == [0, 4, 9, 10]
+
+
+async def test_an_answer_continues_a_text_and_not_a_chat(client: httpx2.AsyncClient, server: Server) -> None:
+    await complete(client, prompt="a")
+    assert server.engine.requests[-1].continues
+    await client.post("/v1/chat/completions", json={"model": "fake", "messages": [{"role": "user", "content": "a"}]})
+    assert not server.engine.requests[-1].continues
 
 
 async def test_a_stream_joins_to_the_whole(client: httpx2.AsyncClient) -> None:

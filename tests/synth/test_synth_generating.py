@@ -15,12 +15,12 @@ from fledge.types import SamplingParams
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    vocab_size, pad_id, end_of_text_id = 256, 1, 0
+    vocab_size, pad_id, end_of_text_id, opening = 256, 1, 0, None
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, within: bool = False) -> list[int]:
         return list(text.encode())
 
 

@@ -118,7 +118,7 @@ def changed(**parts: Any) -> Callable[[], bytes]:
     ("make", "complaint"),
     [
         (changed(pre_tokenizer=pre_tokenizers.Whitespace()), "does not work on bytes"),
-        (changed(pre_tokenizer=pre_tokenizers.Metaspace()), "does not work on bytes"),
+        (changed(pre_tokenizer=pre_tokenizers.Metaspace()), "no tokens for single bytes"),
         (changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), "space before every text"),
     ],
 )
