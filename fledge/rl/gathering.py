@@ -26,7 +26,8 @@ from fledge.types import Completion
 
 @dataclass(frozen=True)
 class Draw:
-    """`prompts` prompts with `group` answers each, and at most `redraws` further draws in place of equal groups."""
+    """`prompts` prompts a process with `group` answers each, and at most `redraws` further draws in place of equal
+    groups."""
 
     prompts: int
     group: int
@@ -49,23 +50,29 @@ class Gathered:
 def gather(draw: Draw, world: World, policy: Any, shape: EpisodeShape, cursor: int) -> tuple[Gathered, int]:
     """The groups of a round, and the cursor behind the last draw; a pure function of cursor, seed and policy."""
     drawn = [_one_draw(draw, world, policy, shape, cursor)]
-    while len(drawn) <= draw.redraws and _num_useful(drawn, draw.group) < draw.prompts:
+    while len(drawn) <= draw.redraws and _is_wanting(drawn, draw, world):
         drawn.append(_one_draw(draw, world, policy, shape, cursor + len(drawn)))
     return _best(drawn, draw), cursor + len(drawn)
 
 
 def _one_draw(draw: Draw, world: World, policy: Any, shape: EpisodeShape, number: int) -> Gathered:
-    chosen = draw_prompts(len(world.prompts), draw.prompts, seed=draw.seed, number=number)
+    ranks = world.ranks
+    chosen = draw_prompts(
+        len(world.prompts), draw.prompts, seed=draw.seed, number=number, rank=ranks.number, num_ranks=ranks.count
+    )
     prompts = [world.prompts[index] for index in chosen for _ in range(draw.group)]
-    generator = generator_of("sampling", draw.seed, number)
+    generator = generator_of("sampling", draw.seed, number, ranks.number)
     completions, episodes = sample(world, policy, prompts, shape, temperature=draw.temperature, generator=generator)
     with precision(episodes.tokens_BT.device):
         scores_B = world.scorer(episodes).float()
     return Gathered(prompts, completions, episodes, scores_B, 0)
 
 
-def _num_useful(drawn: Sequence[Gathered], group: int) -> int:
-    return sum(int(spread(one.scores_B, group).sum()) for one in drawn)
+def _is_wanting(drawn: Sequence[Gathered], draw: Draw, world: World) -> bool:
+    """Whether this process, or one that learns with it, lacks groups with spread: all draw on together, so that their
+    cursors stay together."""
+    found = sum(int(spread(one.scores_B, draw.group).sum()) for one in drawn)
+    return any(world.ranks.told(found < draw.prompts))
 
 
 def _best(drawn: Sequence[Gathered], draw: Draw) -> Gathered:

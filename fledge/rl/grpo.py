@@ -40,8 +40,11 @@ from fledge.rl.world import (
     failed_rewards,
     halt,
     pretraining_pairs,
+    require_alike,
+    require_shares,
     sampler_correction,
-    scorer_figures,
+    shared_figures,
+    together,
 )
 from fledge.train.device import precision
 from fledge.train.loop import Pairs, train_step
@@ -121,9 +124,9 @@ class GRPOConfig:
         """Episodes a round."""
         return self.prompts * self.group
 
-    @property
-    def draw(self) -> Draw:
-        return Draw(self.prompts, self.group, self.redraws, self.temperature, self.seed)
+    def draw(self, num_ranks: int = 1) -> Draw:
+        """What each of so many processes draws."""
+        return Draw(self.prompts // num_ranks, self.group, self.redraws, self.temperature, self.seed)
 
     @property
     def pretrain_rows(self) -> int:
@@ -161,6 +164,8 @@ class GRPO:
     def __init__(self, config: GRPOConfig, pair: PolicyPair, world: World) -> None:
         if config.pretrain_weight > 0 and world.pretrain is None:
             raise ValueError("pretrain_weight is above 0 but there are no pretraining rows; set it to 0")
+        require_shares(world.ranks, prompts=config.prompts, minibatch=config.minibatch)
+        require_alike(world.ranks, pair.policy)
         self.config, self.actors, self.world = config, pair, world
         self.shape = world.shape(config.prompt_length, config.response_length)
         # The sampler never draws padding, so the trainer's distribution must not contain it either.
@@ -177,27 +182,36 @@ class GRPO:
     def round(self) -> Round:
         """One iteration. TrainingHalted, with the batch in `dump_folder`, if a number is not one or ratios are off."""
         self.actors.quiet()
-        gathered, self.num_draws = gather(self.config.draw, self.world, self.actors.policy, self.shape, self.num_draws)
-        rollout, metrics = self._judge(gathered)
+        draw = self.config.draw(self.world.ranks.count)
+        gathered, self.num_draws = gather(draw, self.world, self.actors.policy, self.shape, self.num_draws)
+        opinions = self._opinions(gathered)
+        said = together(self.world, gathered.prompts, gathered.completions, gathered.episodes)
+        rollout, metrics = self._judge(Gathered(*said, opinions[2], gathered.redraws), *opinions[:2])
         scale = self.schedule.scale(self.round_number)
         metrics |= {"round": float(self.round_number), "beta": self.beta, "lr_scale": scale}
         metrics |= self._update(rollout, scale)
         self.beta = next_beta(self.beta, self.config.kl, kl=metrics["kl"], num_episodes=self.config.episodes)
         self.ema.update(self.actors.policy)
         self.round_number += 1
-        return Round(metrics, gathered.prompts, gathered.completions, rollout)
+        return Round(metrics, said[0], said[1], rollout)
 
-    def _judge(self, gathered: Gathered) -> tuple[GroupRollout, Metrics]:
-        """What trainer and reference say about the episodes, and how each did beside its group."""
-        config, regions = self.config, self.world.regions
-        episodes, scores_B = gathered.episodes, gathered.scores_B
-        is_paid_B = ~failed_rewards(scores_B)
+    def _opinions(self, gathered: Gathered) -> tuple[Tensor, Tensor, Tensor]:
+        """What policy, reference and scorer say about this process's episodes, and after that what they say about the
+        other processes': (old_BT, reference_BT, scores_B) of the whole round."""
+        config = self.config
         rows = min(config.forward_rows, config.minibatch)
         with precision(self.device):
             old_BT, reference_BT = (
-                policy_logprobs(model, episodes, self.space, rows=rows, region=regions.policy)
+                policy_logprobs(model, gathered.episodes, self.space, rows=rows, region=self.world.regions.policy)
                 for model in (self.actors.policy, self.actors.reference)
             )
+        ranks = self.world.ranks
+        return ranks.gathered(old_BT), ranks.gathered(reference_BT), ranks.gathered(gathered.scores_B)
+
+    def _judge(self, gathered: Gathered, old_BT: Tensor, reference_BT: Tensor) -> tuple[GroupRollout, Metrics]:
+        """How each of the round's episodes did beside its group."""
+        config, episodes, scores_B = self.config, gathered.episodes, gathered.scores_B
+        is_paid_B = ~failed_rewards(scores_B)
         self.moments = self.moments.with_scores(scores_B[is_paid_B])
         shaped_B = self._shape(episodes, scores_B)
         paid_B = shaped_B - self.beta * (old_BT - reference_BT).sum(dim=1) if config.kl_as == "reward" else shaped_B
@@ -229,7 +243,7 @@ class GRPO:
         if config.sampler_cap is None and (complaint := sampler_disagrees(rollout)):
             self._halt(complaint, rollout)
         figures = group_metrics(rollout, episodes.ended_B, shaped_B, config.group)
-        return rollout, figures | {"redraws": float(gathered.redraws)} | scorer_figures(self.world.scorer)
+        return rollout, figures | {"redraws": float(gathered.redraws)} | shared_figures(self.world)
 
     def _shape(self, episodes: Episodes, scores_B: Tensor) -> Tensor:
         """Scores as the policy is paid for them, NaN where there is none."""
@@ -255,7 +269,7 @@ class GRPO:
         return update_metrics(seen)
 
     def _step(self, minibatch: GroupRollout, index: int) -> Metrics:
-        """One optimizer step on a minibatch, the `index`-th of its round."""
+        """One optimizer step on a minibatch, the `index`-th of its round, of which this process takes its share."""
         config = self.config
         policy = GroupPolicy(
             self.space,
@@ -266,10 +280,11 @@ class GRPO:
             estimator=config.estimator,
             region=self.world.regions.policy,
         )
-        rows = torch.arange(config.minibatch, device=self.device).split(config.forward_rows)
-        parts = [minibatch.rows(chosen) for chosen in rows]
+        ranks = self.world.ranks
+        own = ranks.own(config.minibatch).to(self.device)
+        parts = [minibatch.rows(chosen) for chosen in own.split(config.forward_rows)]
         mixed = pretraining_pairs(
-            self.world.pretrain,
+            self.world,
             config.pretrain_weight,
             step=self.round_number * config.steps_per_round + index,
             rows=config.pretrain_rows,
@@ -277,7 +292,9 @@ class GRPO:
         )
         pairs: Pairs = [*((policy, part) for part in parts), *mixed]
         dump = dump_path(self.world, self.round_number, "policy")
-        metrics = train_step(self.actors.policy, self.optimizers, pairs, clip_norm=config.clip_norm, dump_to=dump)
+        metrics = train_step(
+            self.actors.policy, self.optimizers, pairs, clip_norm=config.clip_norm, dump_to=dump, ranks=ranks
+        )
         tolerance = RATIO_TOLERANCE[self.device.type]
         gap = metrics.get("ratio_gap", 0.0)  # a minibatch whose rewards all failed has no action
         if index == 0 and not gap <= tolerance:

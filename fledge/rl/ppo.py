@@ -42,9 +42,12 @@ from fledge.rl.world import (
     failed_rewards,
     halt,
     pretraining_pairs,
+    require_alike,
+    require_shares,
     sample,
     sampler_correction,
-    scorer_figures,
+    shared_figures,
+    together,
 )
 from fledge.train.device import precision
 from fledge.train.loop import Objective, Pairs, train_step
@@ -133,6 +136,8 @@ class PPO:
     def __init__(self, config: PPOConfig, actors: Actors, world: World) -> None:
         if config.pretrain_weight > 0 and world.pretrain is None:
             raise ValueError("pretrain_weight is above 0 but there are no pretraining rows; set it to 0")
+        require_shares(world.ranks, episodes=config.episodes, minibatch=config.minibatch)
+        require_alike(world.ranks, actors.policy, actors.value)
         self.config, self.actors, self.world = config, actors, world
         self.shape = world.shape(config.prompt_length, config.response_length)
         # The sampler never draws padding, so the trainer's distribution must not contain it either.
@@ -150,7 +155,9 @@ class PPO:
         """One iteration. TrainingHalted, with the batch in `dump_folder`, if a number is not one or ratios are off."""
         self.actors.quiet()
         prompts, completions, episodes = self._sample()
-        rollout, metrics = self._judge(episodes)
+        opinions = self._opinions(episodes)
+        prompts, completions, episodes = together(self.world, prompts, completions, episodes)
+        rollout, metrics = self._judge(episodes, *opinions)
         scale = self.schedule.scale(self.round_number)
         metrics |= {"round": float(self.round_number), "beta": self.beta, "lr_scale": scale}
         metrics |= self._update(rollout, scale)
@@ -160,17 +167,26 @@ class PPO:
         return Round(metrics, prompts, completions, rollout)
 
     def _sample(self) -> tuple[list[Sequence[int]], list[Completion], Episodes]:
-        config = self.config
-        chosen = draw_prompts(len(self.world.prompts), config.episodes, seed=config.seed, number=self.round_number)
+        """This process's share of the round's episodes, drawn with noise of its own (C24)."""
+        config, ranks = self.config, self.world.ranks
+        chosen = draw_prompts(
+            len(self.world.prompts),
+            config.episodes // ranks.count,
+            seed=config.seed,
+            number=self.round_number,
+            rank=ranks.number,
+            num_ranks=ranks.count,
+        )
         prompts = [self.world.prompts[index] for index in chosen]
-        generator = generator_of("sampling", config.seed, self.round_number)
+        generator = generator_of("sampling", config.seed, self.round_number, ranks.number)
         completions, episodes = sample(
             self.world, self.actors.policy, prompts, self.shape, temperature=config.temperature, generator=generator
         )
         return prompts, completions, episodes
 
-    def _judge(self, episodes: Episodes) -> tuple[Rollout, Metrics]:
-        """What all models say about the episodes, and from it rewards, advantages and returns."""
+    def _opinions(self, episodes: Episodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What policy, reference, value function and scorer say about this process's episodes, and after that what
+        they say about the other processes': (old_BT, reference_BT, values_BT, scores_B) of the whole round."""
         config, actors, regions = self.config, self.actors, self.world.regions
         rows = min(config.forward_rows, config.minibatch)
         with precision(self.device):
@@ -178,6 +194,14 @@ class PPO:
             reference_BT = policy_logprobs(actors.reference, episodes, self.space, rows=rows, region=regions.policy)
             values_BT = state_values(actors.value, episodes, rows=rows, region=regions.scores)
             scores_B = self.world.scorer(episodes).float()
+        gathered = self.world.ranks.gathered
+        return gathered(old_BT), gathered(reference_BT), gathered(values_BT), gathered(scores_B)
+
+    def _judge(
+        self, episodes: Episodes, old_BT: Tensor, reference_BT: Tensor, values_BT: Tensor, scores_B: Tensor
+    ) -> tuple[Rollout, Metrics]:
+        """From what all models say about the round's episodes, its rewards, advantages and returns."""
+        config = self.config
         is_paid_B = ~failed_rewards(scores_B)
         self.moments = self.moments.with_scores(scores_B[is_paid_B])
         shaped_B = shape_scores(scores_B, episodes.ended_B, config.reward, self.moments)
@@ -214,7 +238,7 @@ class PPO:
             self._halt(complaint, rollout)
         figures = round_metrics(rollout.rows(is_paid_B), episodes.ended_B[is_paid_B], shaped_B[is_paid_B])
         figures["failed_rewards"] = float((~is_paid_B).float().mean())
-        return rollout, figures | scorer_figures(self.world.scorer)
+        return rollout, figures | shared_figures(self.world)
 
     def _update(self, rollout: Rollout, scale: float) -> Metrics:
         """Epochs of minibatches: every episode once an epoch, in an order of its own."""
@@ -230,12 +254,13 @@ class PPO:
         return update_metrics(seen)
 
     def _step(self, minibatch: Rollout, index: int) -> Metrics:
-        """One optimizer step of policy and of value function on a minibatch, the `index`-th of its round."""
+        """One optimizer step of policy and of value function on a minibatch, the `index`-th of its round, of which this
+        process takes its share."""
         config, regions = self.config, self.world.regions
         policy = ClippedPolicy(self.space, config.clip, config.dual_clip, regions.policy)
         value = ClippedValue(config.value_clip, regions.scores)
-        rows = torch.arange(config.minibatch, device=self.device).split(config.rows_a_pass(config.minibatch))
-        parts = [minibatch.rows(chosen) for chosen in rows]
+        own = self.world.ranks.own(config.minibatch).to(self.device)
+        parts = [minibatch.rows(chosen) for chosen in own.split(config.rows_a_pass(len(own)))]
         pairs: Pairs = [*((policy, part) for part in parts), *self._pretraining(index)]
         metrics = train_step(
             self.actors.policy,
@@ -244,6 +269,7 @@ class PPO:
             clip_norm=config.clip_norm,
             dump_to=self._dump_path("policy"),
             lanes=config.lanes,
+            ranks=self.world.ranks,
         )
         # Nothing has been learned before a round's first step: sampler, trainer and mask agree, or this is a bug.
         tolerance = RATIO_TOLERANCE[self.device.type]
@@ -259,6 +285,7 @@ class PPO:
             clip_norm=config.clip_norm,
             dump_to=self._dump_path("value"),
             lanes=config.lanes,
+            ranks=self.world.ranks,
         )
         value_metrics["value_grad_norm"] = value_metrics.pop("grad_norm")
         return {**value_metrics, **metrics}
@@ -267,7 +294,7 @@ class PPO:
         config = self.config
         step = self.round_number * config.steps_per_round + index
         return pretraining_pairs(
-            self.world.pretrain,
+            self.world,
             config.pretrain_weight,
             step=step,
             rows=config.pretrain_rows,

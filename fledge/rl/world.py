@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fledge.batches import Loss, Rollout, TokenBatch
-from fledge.errors import TrainingHalted
+from fledge.config import from_json, to_json
+from fledge.errors import CheckpointError, ConfigError, TrainingHalted
 from fledge.objectives.clipped_policy import MAX_LOG_RATIO, ActionSpace, ClippedPolicy
 from fledge.rl.rollout import Episodes, EpisodeShape, Regions, Sampler, Scorer, lay_out
 from fledge.train.device import precision
 from fledge.train.loop import Objective, dump_batches
+from fledge.train.parallel import ALONE, Ranks
 from fledge.types import Completion, Metrics, SamplingParams
 
 MIN_MINIBATCH = 8  # fewer episodes make a step's advantages noise
@@ -37,7 +39,11 @@ class PretrainMix:
 
 @dataclass(frozen=True)
 class World:
-    """What the policy acts in. `prompts` are token ids; `pad_id`, `stop_ids` and `end_id` as in `EpisodeShape`."""
+    """What the policy acts in. `prompts` are token ids; `pad_id`, `stop_ids` and `end_id` as in `EpisodeShape`.
+
+    `ranks` are the processes that learn together, all from the same weights: each draws, judges and trains on its share
+    of a round's episodes, and what they learned is the same in all of them, the round's figures included.
+    """
 
     prompts: Sequence[Sequence[int]]
     pad_id: int
@@ -48,6 +54,7 @@ class World:
     pretrain: PretrainMix | None = None
     regions: Regions = field(default_factory=Regions)
     dump_folder: Path | None = None
+    ranks: Ranks = ALONE
 
     def shape(self, prompt_length: int, response_length: int) -> EpisodeShape:
         return EpisodeShape(prompt_length, response_length, self.pad_id, self.stop_ids, self.end_id)
@@ -75,6 +82,13 @@ def scorer_figures(scorer: Scorer) -> Metrics:
     return scorer.figures() if isinstance(scorer, Reporting) else {}
 
 
+def shared_figures(world: World) -> Metrics:
+    """`scorer_figures` of the world's scorer: of several processes the mean of those that have the figure."""
+    told = world.ranks.told(scorer_figures(world.scorer))
+    named = {name: [one[name] for one in told if name in one] for own in told for name in own}
+    return {name: sum(values) / len(values) for name, values in named.items()}
+
+
 def sample(
     world: World,
     policy: Any,
@@ -92,14 +106,46 @@ def sample(
     return completions, lay_out(prompts, completions, shape).to(device)
 
 
+def together(
+    world: World, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], episodes: Episodes
+) -> tuple[list[Sequence[int]], list[Completion], Episodes]:
+    """The prompts, answers and episodes of all processes, one process after another; each brings as many."""
+    if world.ranks.count == 1:
+        return list(prompts), list(completions), episodes
+    said = [(tuple(prompt), to_json(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+    everything = [one for own in world.ranks.told(said) for one in own]
+    whole = Episodes(*(world.ranks.gathered(tensor) for tensor in vars(episodes).values()))
+    return [tuple(prompt) for prompt, _ in everything], [from_json(Completion, told) for _, told in everything], whole
+
+
+def require_shares(ranks: Ranks, **counts: int) -> None:
+    """`ConfigError` if the processes could not each have the same share of every one of `counts`."""
+    for name, count in counts.items():
+        if count % ranks.count:
+            raise ConfigError(f"{name} {count} is no multiple of the {ranks.count} processes that learn together")
+
+
+def require_alike(ranks: Ranks, *models: nn.Module) -> None:
+    """`CheckpointError` if the processes do not start from the same weights: their steps would mean nothing."""
+    if ranks.count == 1:
+        return
+    sums = [float(weight.detach().double().sum()) for model in models for weight in model.parameters()]
+    if any(told != sums for told in ranks.told(sums)):
+        raise CheckpointError("the processes that learn together start from different weights; load the same model")
+
+
 def pretraining_pairs(
-    mix: PretrainMix | None, weight: float, *, step: int, rows: int, forward_rows: int
+    world: World, weight: float, *, step: int, rows: int, forward_rows: int
 ) -> list[tuple[Objective, TokenBatch]]:
-    """The pretraining rows of optimizer step `step`, weighed, in pieces that fit a forward pass."""
-    if mix is None or weight == 0:
+    """This process's share of the pretraining rows of optimizer step `step`, weighed, in pieces that fit a forward
+    pass."""
+    if world.pretrain is None or weight == 0:
         return []
-    objective = Weighted(mix.objective, weight)
-    return [(objective, part) for part in split_rows(mix.batch(step, rows), forward_rows)]
+    objective = Weighted(world.pretrain.objective, weight)
+    batch = world.pretrain.batch(step, rows)
+    own = world.ranks.own(len(batch.tokens_BT))
+    mine = batch if world.ranks.count == 1 else TokenBatch(*(tensor[own] for tensor in vars(batch).values()))
+    return [(objective, part) for part in split_rows(mine, forward_rows) if len(part.tokens_BT)]
 
 
 @dataclass(frozen=True)
@@ -140,7 +186,8 @@ def failed_rewards(scores_B: Tensor) -> Tensor:
 
 def dump_path(world: World, number: int, name: str) -> Path | None:
     """Where round `number` leaves a batch that halts it."""
-    return None if world.dump_folder is None else world.dump_folder / f"halted-{number}-{name}.safetensors"
+    whose = "" if world.ranks.count == 1 else f"-of-process-{world.ranks.number}"
+    return None if world.dump_folder is None else world.dump_folder / f"halted-{number}-{name}{whose}.safetensors"
 
 
 def halt(world: World, number: int, why: str, batch: Rollout, space: ActionSpace) -> NoReturn:

@@ -25,6 +25,7 @@ from fledge.errors import CheckpointError, TrainingHalted
 from fledge.train.device import precision
 from fledge.train.lanes import add_gradients, lanes_of, side_by_side
 from fledge.train.optim import OptimizerSet
+from fledge.train.parallel import ALONE, Ranks
 from fledge.train.schedule import Schedule
 from fledge.types import Metrics
 
@@ -119,24 +120,28 @@ def train_step(
     clip_norm: float | None = None,
     dump_to: Path | None = None,
     lanes: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
-    """One optimizer step on the sum over terms of weight x sum / count, counted over all `pairs`.
+    """One optimizer step on the sum over terms of weight x sum / count, counted over all `pairs` of all `ranks`.
 
-    `lanes` of them run at a time (train/lanes.py), if `lanes_of` allows.
+    `lanes` of them run at a time (train/lanes.py), if `lanes_of` allows. `pairs` are this process's share of the
+    batch, and may be none; metrics, clipping and the step are those of the whole one, the same in every process.
 
     Metrics: "loss" (that sum), "loss/<term>" (its mean, unweighted), "count/<term>", the objectives' stats as means and
     extremes, and "grad_norm" before clipping to `clip_norm`. TrainingHalted, with the weights untouched and the batches
     in `dump_to`, if loss or gradient is NaN or infinite.
     """
     counts: dict[str, float] = defaultdict(float)
-    for _, batch in pairs:
-        for name, count in batch.counts.items():
+    for told in ranks.told([dict(batch.counts) for _, batch in pairs]):
+        for name, count in (item for part in told for item in part.items()):
             counts[name] += count
     optimizers.zero_grad()
     sums = _Sums()
     lanes = min(len(pairs), lanes_of(model, lanes))
     for loss in (_losses_side_by_side if lanes > 1 else _losses)(model, pairs, counts, lanes):
         sums.add(loss)
+    sums = sums.joined(ranks)
+    ranks.add_gradients(optimizers.parameters)
     grad_norm = optimizers.clip(clip_norm)
     metrics = sums.metrics(counts) | {"grad_norm": grad_norm}
     if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
@@ -195,18 +200,43 @@ class _Sums:
         self._terms: dict[str, float] = defaultdict(float)
         self._weights: dict[str, float] = {}
         self._stats: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._extremes: dict[str, float] = {}
+        self._lows: dict[str, float] = {}
+        self._highs: dict[str, float] = {}
 
     def add(self, loss: Loss) -> None:
-        for name, term in loss.terms.items():
-            self._terms[name] += float(term.sum.detach())
-            self._weights[name] = term.weight
-        for name, (value, count) in loss.stats.items():
-            self._stats[name][0] += float(value.detach())
+        self._add(
+            {name: (float(term.sum.detach()), term.weight) for name, term in loss.terms.items()},
+            {name: (float(value.detach()), count) for name, (value, count) in loss.stats.items()},
+            {name: float(value) for name, value in loss.lows.items()},
+            {name: float(value) for name, value in loss.highs.items()},
+        )
+
+    def joined(self, ranks: Ranks) -> _Sums:
+        """The sums of the step over all processes."""
+        if ranks.count == 1:
+            return self
+        whole = _Sums()
+        terms = {name: (value, self._weights[name]) for name, value in self._terms.items()}
+        for told in ranks.told((terms, self._stats, self._lows, self._highs)):
+            whole._add(*told)
+        return whole
+
+    def _add(
+        self,
+        terms: Mapping[str, Sequence[float]],
+        stats: Mapping[str, Sequence[float]],
+        lows: Mapping[str, float],
+        highs: Mapping[str, float],
+    ) -> None:
+        for name, (value, weight) in terms.items():
+            self._terms[name] += value
+            self._weights[name] = weight
+        for name, (value, count) in stats.items():
+            self._stats[name][0] += value
             self._stats[name][1] += count
-        for extreme, found in ((min, loss.lows), (max, loss.highs)):
+        for extreme, known, found in ((min, self._lows, lows), (max, self._highs, highs)):
             for name, value in found.items():
-                self._extremes[name] = extreme(self._extremes.get(name, float(value)), float(value))
+                known[name] = extreme(known.get(name, value), value)
 
     def metrics(self, counts: Mapping[str, float]) -> Metrics:
         means = {name: total / counts[name] if counts[name] > 0 else 0.0 for name, total in self._terms.items()}
@@ -215,7 +245,8 @@ class _Sums:
             **{f"loss/{name}": mean for name, mean in means.items()},
             **{f"count/{name}": counts[name] for name in means},
             **{name: total / count if count > 0 else 0.0 for name, (total, count) in self._stats.items()},
-            **self._extremes,
+            **self._lows,
+            **self._highs,
         }
 
 

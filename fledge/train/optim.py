@@ -110,6 +110,11 @@ class OptimizerSet:
             for group in optimizer.param_groups:
                 group["lr"] = getattr(self.config, role).lr * scale
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that train, in the order of the model's names."""
+        return list(self._named.values())
+
     def zero_grad(self) -> None:
         for parameter in self._named.values():
             parameter.grad = None

@@ -411,6 +411,14 @@ def test_c58_a_run_whose_gold_score_falls_stops_early(folder: Path, monkeypatch:
     assert any("gold judge" in fact["label"] for fact in facts)
 
 
+def test_c48_every_round_leaves_all_figures_on_disk(folder: Path) -> None:
+    named = "entropy approx_kl clip_fraction explained_variance response_length end_rate score_mean score_std kl beta"
+    rounds = lines(align(order(folder, "ppo"), Silent()), "ppo")
+    assert [record["step"] for record in rounds] == [1, 2]
+    for record in rounds:
+        assert all(math.isfinite(record[name]) for name in (*named.split(), "ratio_min", "ratio_max"))
+
+
 def test_a_round_leaves_episodes_token_by_token_and_a_small_gap_between_engine_and_trainer(folder: Path) -> None:
     run = align(order(folder, "ppo"), Silent())
     episodes = [json.loads(line) for line in (run / "ppo" / "episodes.jsonl").read_text().splitlines()]

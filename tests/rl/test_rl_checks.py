@@ -83,6 +83,14 @@ def test_c25_an_engine_that_draws_from_another_distribution_is_seen() -> None:
     assert "engine and trainer disagree" in str(sampler_disagrees(colder))
 
 
+@pytest.mark.parametrize(("gap", "is_seen"), [(0.004, False), (0.0099, False), (0.0101, True)])
+def test_c25_the_alarm_is_a_mean_difference_of_probability_of_a_hundredth(gap: float, is_seen: bool) -> None:
+    rollout, _, _ = sound()
+    even = torch.full_like(rollout.old_logprobs_BT, 0.5).log()
+    apart = replace(rollout, old_logprobs_BT=even, sampler_logprobs_BT=torch.full_like(even, 0.5 - gap).log())
+    assert (sampler_disagrees(apart) is not None) == is_seen
+
+
 def ppo(folder: Path) -> toy.PPO:
     return toy.ppo(SMALL, toy.world(dump_folder=folder))
 

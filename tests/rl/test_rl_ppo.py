@@ -25,6 +25,7 @@ from fledge.rl.reward import RewardConfig
 from fledge.rl.rollout import Regions
 from fledge.rl.world import Weighted, split_rows
 from fledge.train.optim import OptimConfig
+from fledge.types import SamplingParams
 
 SMALL = toy.config(rounds=4, episodes=16, minibatch=8, epochs=2)
 # Everything that has a state of its own, at once.
@@ -218,6 +219,20 @@ def test_c21_c22_c25_sampler_and_trainer_agree_in_every_round():
             model.head.weight[toy.PAD] = model.head.weight[toy.LETTER_A]  # padding, which is banned, becomes likely
     for _ in range(3):
         assert ppo.round().metrics["sampler_gap"] < 1e-4
+
+
+def test_c21_rollouts_are_drawn_at_the_temperature_of_training_and_without_any_filter():
+    seen, draw = [], toy.world().sampler
+
+    def listening(model, prompts, params, generator):
+        seen.append(params)
+        return draw(model, prompts, params, generator)
+
+    toy.ppo(replace(SMALL, temperature=0.8), replace(toy.world(), sampler=listening)).round()
+    assert seen == [SamplingParams(max_tokens=toy.RESPONSE, temperature=0.8)]
+    plain = SamplingParams()
+    assert (plain.top_k, plain.top_p, plain.min_p, plain.allowed_ids, plain.logit_bias) == (None, None, None, None, ())
+    assert (plain.min_tokens, plain.presence_penalty, plain.frequency_penalty, plain.repetition_penalty) == (0, 0, 0, 1)
 
 
 def off_by_row(sampler):

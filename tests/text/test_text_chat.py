@@ -70,6 +70,26 @@ def test_c09_the_loss_covers_assistant_tokens_and_their_end_only(renderer: ChatR
     assert rendered.loss_mask == (False,) * unlearned + (True,) * (len(hello) + 1)
 
 
+def test_c09_three_turns_with_a_tool_are_learned_where_the_assistant_speaks_and_nowhere_else() -> None:
+    encode, end = RENDERER.tokenizer.encode, RENDERER.tokenizer.special_id("<|end|>")
+    turns = (
+        ("user", "1+1?"),
+        ("assistant", "2"),
+        ("user", "Hi"),
+        ("assistant", "x"),
+        ("tool", "4"),
+        ("assistant", "好"),
+    )
+    rendered = RENDERER.render(Conversation.of(("system", "s"), *turns))
+    learned = [token for token, is_learned in zip(rendered.ids, rendered.loss_mask, strict=True) if is_learned]
+    assert learned == [*encode("2"), end, *encode("x"), end, *encode("好"), end]
+    for said in ("1+1?", "Hi", "4", "s"):
+        ids = encode(said)
+        places = [n for n in range(len(rendered.ids)) if list(rendered.ids[n : n + len(ids)]) == list(ids)]
+        assert places
+        assert not any(any(rendered.loss_mask[n : n + len(ids)]) for n in places)
+
+
 @settings(max_examples=150, deadline=None)
 @given(conversation=conversations)
 def test_parsing_gives_back_the_last_normalised_message(conversation: Conversation) -> None:
