@@ -58,7 +58,7 @@ _WITHOUT_FIRST = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 def parts(component: Any) -> Iterator[Mapping[str, Any]]:
     """A normalizer or pre-tokenizer of a tokenizer.json, or what stands inside when it is a sequence."""
     if isinstance(component, Mapping):
-        inner = component.get("pretokenizers") or component.get("normalizers")
+        inner = component.get("pretokenizers", component.get("normalizers"))
         if isinstance(inner, list):
             for part in inner:
                 yield from parts(part)

@@ -199,3 +199,20 @@ def test_logits_equal_those_of_llama_cpp(name: str, kind: str, tolerance: float,
     expected = reloaded.next_logprobs(torch.tensor([ids]))[0]
     is_exact = kind == "F32" and name != "gpt"
     torch.testing.assert_close(found, expected, atol=1e-5 if is_exact else tolerance, rtol=0)
+
+
+@pytest.mark.slow
+def test_llama_cpp_cuts_texts_into_the_same_pieces_and_computes_the_same(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    loaded = of_pieces(tmp_path / "model")
+    export_gguf(loaded, tmp_path / "m.gguf")
+    options = {"n_ctx": 64, "n_threads": 1, "n_gpu_layers": 0, "logits_all": True, "verbose": False}
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), type_k=0, type_v=0, **options)
+    for text in pieced.TEXTS:
+        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == loaded.tokenizer.encode(text)
+    ids = list(loaded.renderer.prompt(CHAT))
+    theirs.eval(ids)
+    found = torch.tensor(theirs.scores[: len(ids)]).log_softmax(-1)
+    model: Any = loaded.model
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.next_logprobs(torch.tensor([ids]))[0], atol=1e-5, rtol=0)

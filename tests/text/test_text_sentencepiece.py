@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_stream_of_any_ids_says_what_they_say_together_and_never_half_a_charac
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "named": {"user_defined_symbols": ("[INST]", "<|user|>", "天气"), "control_symbols": ("<ctl>",)},
+    "named": {"user_defined_symbols": ("[INST]", "<|user|>", "天气", "  "), "control_symbols": ("<ctl>",)},
     "without a space": {"add_dummy_prefix": False},
     "of other ids": {"unk_id": 3, "bos_id": 5, "eos_id": 0, "pad_id": 1, "bos_piece": "<begin>"},
     "words that reach over spaces": {"split_by_whitespace": False, "split_by_unicode_script": False},
@@ -254,17 +255,21 @@ def test_what_would_not_come_back_is_refused_by_name(change: Callable[[dict[str,
         Tokenizer(harmed(change))
 
 
+NOTHING: dict[str, Any] = {"type": "Sequence", "normalizers": []}
+
+
 @pytest.mark.parametrize(
     ("component", "opening"),
     [
         ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}, "always"),
         ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}, "first"),
         ({"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}, "always"),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Metaspace", "replacement": "▁"}]}, "always"),
         ({"type": "Metaspace", "replacement": "▁", "add_prefix_space": False, "prepend_scheme": "never"}, "never"),
     ],
 )
 def test_the_spellings_of_older_and_newer_files_are_all_read(component: dict[str, Any], opening: Opening) -> None:
-    found = Tokenizer(harmed(lambda all: all.update(normalizer=None, pre_tokenizer=component)))
+    found = Tokenizer(harmed(lambda all: all.update(normalizer=NOTHING, pre_tokenizer=component)))
     assert found.opening == opening
     assert found.decode(found.encode("a bird  in")) == "a bird  in"
     assert found.pieces(found.encode("a bird in")) == TOKENIZERS[opening].pieces(
@@ -290,6 +295,15 @@ def test_padding_has_an_id_that_no_text_becomes_and_an_export_gives_it_back() ->
     found, template = adopt_published(source, len(pieces()))
     assert (found.token_bytes(found.pad_id), template.names["<0xFF>"]) == (b"", "<|pad|>")
     assert json.loads(publish_imported(found._data, template).data) == json.loads(source.data)
+
+
+def test_the_unknown_token_may_be_the_padding() -> None:
+    """As in many files; no text becomes it, since there are bytes for what no piece holds."""
+    source = replace(published(), pad="<unk>")
+    found, template = adopt_published(source, len(pieces()))
+    assert (found.pad_id, found.decode(found.encode("é🐦"))) == (0, "é🐦")
+    given_back = publish_imported(found._data, template)
+    assert (given_back.pad, json.loads(given_back.data)) == ("<unk>", json.loads(source.data))
 
 
 def test_scores_come_back_in_their_order() -> None:
