@@ -61,13 +61,14 @@ def run_show(args: argparse.Namespace) -> int:
 def run_revise(args: argparse.Namespace) -> int:
     """Exit code 0; `UserError` for a model, prompts or settings that cannot be used."""
     from fledge.config import override
-    from fledge.recipes.made_data import make_revisions, take
+    from fledge.recipes.made_data import fitting, make_revisions, take
     from fledge.synth.constitutional import RevisionConfig
     from fledge.text.constitution import load
 
     config = override(RevisionConfig(), _given(args, "revisions", args.revisions))
-    taken = take(_wanted(args))
-    report = make_revisions(_maker(args), taken, load(args.constitution), args.out, config, listener_of(args))
+    taken, constitution, maker = take(_wanted(args)), load(args.constitution), _maker(args)
+    taken = fitting(taken, maker, config.sampling.max_tokens, config.language)
+    report = make_revisions(maker, taken, constitution, args.out, config, listener_of(args))
     made = args.out / "demonstrations.jsonl"
     then = f"train on them: fledge align sft {args.model} --data {made}"
     files = {"demonstrations": made, "chains": args.out / "revisions.jsonl"}
@@ -78,7 +79,7 @@ def run_revise(args: argparse.Namespace) -> int:
 def run_label(args: argparse.Namespace) -> int:
     """Exit code 0; `UserError` for a model, prompts or settings that cannot be used."""
     from fledge.config import override
-    from fledge.recipes.made_data import make_labels, take
+    from fledge.recipes.made_data import fitting, make_labels, take
     from fledge.synth.answering import AnswerConfig
     from fledge.synth.constitutional import LabelConfig
     from fledge.text.constitution import load
@@ -86,11 +87,10 @@ def run_label(args: argparse.Namespace) -> int:
     thinking = f"thinking={'true' if args.thinking else 'false'}"
     labels = override(LabelConfig(labeler=""), (thinking, *_given(args, "principles", args.principles)))
     answers = override(AnswerConfig(), _answering(args))
-    taken = take(_wanted(args))
+    taken, constitution = take(_wanted(args)), load(args.constitution)
     judging, answering = _makers(args)
-    report = make_labels(
-        (judging, answering), taken, load(args.constitution), args.out, (labels, answers), listener_of(args)
-    )
+    taken = fitting(taken, answering, answers.sampling.max_tokens, labels.language)
+    report = make_labels((judging, answering), taken, constitution, args.out, (labels, answers), listener_of(args))
     made = args.out / "labels.jsonl"
     then = f"learn from them: fledge align dpo {args.model} --data {made}, or fledge align reward"
     show_report(args, report, {"labels": made}, [(report["labels"], then)])
@@ -100,7 +100,7 @@ def run_label(args: argparse.Namespace) -> int:
 def run_rules(args: argparse.Namespace) -> int:
     """Exit code 0; `UserError` for a model, prompts, rules or settings that cannot be used."""
     from fledge.config import override
-    from fledge.recipes.made_data import make_rule_labels, take
+    from fledge.recipes.made_data import fitting, make_rule_labels, take
     from fledge.synth.answering import AnswerConfig
     from fledge.synth.rules import RuleConfig
     from fledge.text.constitution import load
@@ -108,11 +108,12 @@ def run_rules(args: argparse.Namespace) -> int:
     named = tuple(name.strip() for name in args.rules.split(",")) if args.rules else ()
     rules = override(RuleConfig(labeler="", rules=named), (f"language={args.language}", *args.overrides))
     answers = override(AnswerConfig(), _answering(args))
-    taken = take(_wanted(args))
+    taken, constitution = take(_wanted(args)), load(args.constitution)
+    for name in named:
+        constitution.rule(name)  # an unknown one is refused before any answer is drawn
     judging, answering = _makers(args)
-    report = make_rule_labels(
-        (judging, answering), taken, load(args.constitution), args.out, (rules, answers), listener_of(args)
-    )
+    taken = fitting(taken, answering, answers.sampling.max_tokens, rules.language)
+    report = make_rule_labels((judging, answering), taken, constitution, args.out, (rules, answers), listener_of(args))
     made, ranked = args.out / "labels.jsonl", args.out / "rule_rankings.jsonl"
     # A ranking wants answers to one prompt that differ under a rule, KTO answers of both kinds.
     both_kinds = min(report["labels"] - report["labels of broken rules"], report["labels of broken rules"])

@@ -88,8 +88,10 @@ def _example(row: Row, origin: Provenance) -> FeedbackExample:
     if row.has("text"):
         return TextExample(row.text("text"), origin)
     expected = "messages, text, prompt, prompt and completion, or chosen and rejected"
-    known = ", ".join(row.record) or "none"
-    raise BadRow("missing key", row.where, f"its keys are {known}, expected {expected}; rename them or drop the row")
+    known = ", ".join(key for key in row.record if row.has(key)) or "none"
+    raise BadRow(
+        "missing key", row.where, f"its keys with a value are {known}, expected {expected}; rename them or drop the row"
+    )
 
 
 def _prompt(row: Row) -> Conversation:

@@ -21,7 +21,7 @@ from fledge.data.feedback import FeedbackExample, answers_of, prompt_of
 from fledge.data.interchange import format_named, read, records_of, write
 from fledge.data.prompt_split import prompt_text
 from fledge.data.reading import Drops
-from fledge.data.records import Intake
+from fledge.data.records import BadRow, Intake
 from fledge.errors import DataError, RunError
 from fledge.evals.agreement import evaluate as agreement
 from fledge.evals.agreement import labeler_of, verdicts
@@ -35,7 +35,9 @@ from fledge.recipes.runs import locked, resolve_model
 from fledge.registry import family
 from fledge.synth.answering import AnswerConfig, draw_answers
 from fledge.synth.constitutional import Candidates, LabelConfig, RevisionConfig, label, revise
-from fledge.synth.generating import EngineModel
+from fledge.synth.dialogue_texts import PHRASES, answer_prompt
+from fledge.synth.generating import Ask, EngineModel
+from fledge.synth.instruct_texts import Language
 from fledge.synth.rules import Answered, RuleConfig, judge
 from fledge.synth.seeds import seed_tasks
 from fledge.synth.self_instruct import SelfInstructConfig, self_instruct
@@ -46,6 +48,7 @@ from fledge.types import (
     PairExample,
     PromptExample,
     Ranking,
+    SamplingParams,
     TextExample,
     UnpairedExample,
 )
@@ -57,11 +60,13 @@ CACHE_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Maker:
-    """A model that makes data. `identity` names it in journals and labels: the name, and the start of its hash."""
+    """A model that makes data. `identity` names it in journals and labels: the name, and the start of its hash;
+    `positions` is the most tokens it reads, if there is a most."""
 
     identity: str
     model: EngineModel
     is_chat: bool
+    positions: int | None = None
 
 
 def load_maker(name: str, runs: Path, style: Style = "auto", device: torch.device | None = None) -> Maker:
@@ -77,7 +82,8 @@ def load_maker(name: str, runs: Path, style: Style = "auto", device: torch.devic
     is_chat = speaks_chat(loaded) if style == "auto" else style == "chat"
     engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(CACHE_BYTES))  # type: ignore[arg-type]
     model = EngineModel(engine, loaded.tokenizer, loaded.renderer if is_chat else None)
-    return Maker(f"{name} {loaded.hash[:12]}", model, is_chat)
+    config: Any = loaded.model.config
+    return Maker(f"{name} {loaded.hash[:12]}", model, is_chat, config.max_positions)
 
 
 def speaks_chat(loaded: LoadedModel) -> bool:
@@ -103,6 +109,7 @@ class Taken:
 
     examples: tuple[FeedbackExample, ...]
     drops: Drops
+    skip_bad: bool = False
 
 
 def take(wanted: Wanted) -> Taken:
@@ -114,7 +121,30 @@ def take(wanted: Wanted) -> Taken:
     if not found:
         names = ", ".join(map(str, wanted.paths))
         raise DataError(f"{names}: no prompt in it; give rows with a prompt, such as {{'prompt': 'How ...?'}}")
-    return Taken(tuple(found[: wanted.limit]), drops)
+    return Taken(tuple(found[: wanted.limit]), drops, wanted.skip_bad)
+
+
+def fitting(taken: Taken, maker: Maker, max_tokens: int, language: Language) -> Taken:
+    """The examples of which a prompt, or a prompt with the two longest answers that came with it, leaves this model
+    room for `max_tokens` more; the others are bad rows: refused, or counted where they may be skipped."""
+    if maker.positions is None:
+        return taken
+    room, kept = maker.positions - max_tokens, list[FeedbackExample]()
+    intake = Intake(bad=taken.drops if taken.skip_bad else None)
+    for example in taken.examples:
+        prompt = prompt_of(example)
+        ask = Ask(answer_prompt(prompt, PHRASES[language]), SamplingParams(max_tokens=max_tokens), (), prompt)
+        longest = sorted(answers_of(example), key=len)[-2:]
+        num_tokens = maker.model.num_tokens(ask, longest)
+        if num_tokens <= room:
+            kept.append(example)
+            continue
+        limit = f"it has {num_tokens} tokens, which leaves no room for {max_tokens} more in the model's "
+        why = f"{limit}{maker.positions}; shorten or drop the row, or ask for fewer tokens"
+        intake.turn_away(BadRow("too long", example.provenance.id, why))
+    if not kept:
+        raise DataError(f"all {len(taken.examples)} prompts are too long for the model's {maker.positions} positions")
+    return replace(taken, examples=tuple(kept))
 
 
 def prompts_of(examples: Iterable[FeedbackExample]) -> list[PromptExample]:

@@ -85,6 +85,10 @@ class EngineModel:
         sums = iter(math.fsum(logprobs[-len(ids) :]) for logprobs, (_, ids) in zip(scored, rows, strict=True))
         return [[next(sums) for _ in texts] for texts in continuations]
 
+    def num_tokens(self, ask: Ask, answers: Sequence[str] = ()) -> int:
+        """How long what is asked is, with these answers beside it."""
+        return len(self._asked(ask)) + sum(len(self._tokenizer.encode(text)) for text in answers)
+
     def _request(self, ask: Ask) -> Request:
         self._count += 1
         stop_ids = {self._tokenizer.end_of_text_id} | (self._renderer.stop_ids if self._renderer else set())

@@ -87,7 +87,10 @@ def load(path: Path | None = None) -> Constitution:
         raise ConfigError(
             f"{path} cannot be read as a constitution ({error}); see docs/constitutional-ai.md"
         ) from error
-    constitution = from_json(Constitution, data)
+    try:
+        constitution = from_json(Constitution, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is no constitution ({error}); see docs/constitutional-ai.md") from error
     _check(constitution, str(path or "fledge's constitution"))
     return constitution
 

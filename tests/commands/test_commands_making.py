@@ -143,6 +143,43 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     assert complaint in said.splitlines()[-1]
 
 
+@pytest.mark.parametrize("action", ["revise", "label", "rules"])
+def test_a_prompt_too_long_for_the_model_is_a_bad_row_refused_by_its_place_or_counted(
+    action: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "do you like tea?"}, {"prompt": "do you like tea? " * 1500}]
+    file, out = world.write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    few = ("--revisions", "1", "--set", "sampling.max_tokens=4") if action == "revise" else ("--answer-tokens", "4")
+    words = ("constitution", action, "tiny:sft", "--prompts", str(file), "--out", str(out), *few)
+    assert fledge(folder, *words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "rows.jsonl:2: too long: it has" in said
+    assert "4096; shorten or drop the row" in said
+    assert not list(out.glob("*.jsonl")), "nothing was asked"
+    assert fledge(folder, *words, "--skip-bad") == 0
+    report = json.loads((out / "report.json").read_text())
+    assert "too long" in json.dumps(report["rows skipped"])
+    only = world.write_rows(tmp_path / "only.jsonl", rows[1:])
+    words = ("constitution", action, "tiny:sft", "--prompts", str(only), "--out", str(out), *few)
+    assert fledge(folder, *words, "--skip-bad") == 2
+    assert "all 1 prompts are too long" in capsys.readouterr().err
+
+
+def test_an_unknown_rule_is_refused_before_anything_is_asked(folder: Path, tmp_path: Path) -> None:
+    words = ("constitution", "rules", "tiny:sft", "--prompts", str(folder / "prompts.jsonl"), "--rules", "nosuch")
+    assert fledge(folder, *words, "--out", str(tmp_path / "out")) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_constitution_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    words = ("constitution", "revise", "tiny:sft", "--prompts", str(folder / "prompts.jsonl"))
+    assert fledge(folder, *words, "--out", str(tmp_path / "out"), "--constitution", str(tmp_path / "mine.json")) == 2
+    assert "mine.json is no constitution (missing key 'name')" in capsys.readouterr().err
+
+
 def made(folder: Path, out: Path) -> list[str]:
     """A command whose work takes some seconds: a model of noise, of whose tasks some happen to pass the filters."""
     start = [sys.executable, "-m", "fledge", "self-instruct", "tiny:sft", "--out", str(out)]

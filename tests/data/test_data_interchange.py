@@ -472,6 +472,9 @@ def test_a_value_that_is_null_is_said_to_be_null_not_to_be_no_key(tmp_path: Path
     path.write_text(json.dumps({"prompt": "Q", "chosen": None, "rejected": "B"}) + "\n")
     with pytest.raises(DataError, match=r"line 1: missing key: 'chosen' is null; fill it in"):
         list(interchange.read(path))
+    path.write_text(json.dumps({"prompt": None, "tools": []}) + "\n")
+    with pytest.raises(DataError, match=r"line 1: missing key: its keys with a value are tools, expected messages"):
+        list(interchange.read(path, name="trl"))
 
 
 @pytest.mark.parametrize("reason", BAD)
