@@ -22,7 +22,7 @@ from fledge.formats.gguf_tokenizer import read_tokenizer
 from fledge.formats.huggingface_tokenizer import read_tokenizer as read_huggingface_tokenizer
 from fledge.models.llama import Llama, LlamaConfig
 from fledge.models.scalar import ScalarModel
-from fledge.text.published import adopt_published
+from fledge.text.published import PublishedTokenizer, adopt_published
 from fledge.text.template import TemplateRenderer
 from fledge.types import Conversation
 
@@ -51,15 +51,18 @@ def test_an_imported_model_talks_the_same_in_transformers(tmp_path: Path) -> Non
     torch.testing.assert_close(found, model.next_logprobs(torch.tensor([ids])), atol=1e-5, rtol=1e-5)
 
 
+def tokenizer_read_back(way: str, loaded: LoadedModel, folder: Path) -> PublishedTokenizer:
+    if way == "gguf":
+        assert export_gguf(loaded, folder)
+        return read_tokenizer(read_gguf(folder))
+    export_huggingface(loaded, folder)
+    return read_huggingface_tokenizer(folder)
+
+
 @pytest.mark.parametrize("way", ["huggingface", "gguf"])
 def test_what_is_exported_is_imported_as_the_same_tokenizer_and_template(way: str, tmp_path: Path) -> None:
     loaded = checkpoint(tmp_path / "model", "qwen-3-tied")
-    if way == "gguf":
-        assert export_gguf(loaded, tmp_path / "out")
-        read = read_tokenizer(read_gguf(tmp_path / "out"))
-    else:
-        export_huggingface(loaded, tmp_path / "out")
-        read = read_huggingface_tokenizer(tmp_path / "out")
+    read = tokenizer_read_back(way, loaded, tmp_path / "out")
     tokenizer, template = adopt_published(read, VOCAB)
     assert template == loaded.template
     assert (tokenizer.pad_id, tokenizer.end_of_text_id) == (
@@ -104,12 +107,7 @@ def test_a_model_of_pieces_reads_and_says_the_same_in_transformers(tmp_path: Pat
 @pytest.mark.parametrize("way", ["huggingface", "gguf"])
 def test_pieces_that_are_exported_are_imported_as_the_same(way: str, tmp_path: Path) -> None:
     loaded = of_pieces(tmp_path / "model")
-    if way == "gguf":
-        assert export_gguf(loaded, tmp_path / "out")
-        read = read_tokenizer(read_gguf(tmp_path / "out"))
-    else:
-        export_huggingface(loaded, tmp_path / "out")
-        read = read_huggingface_tokenizer(tmp_path / "out")
+    read = tokenizer_read_back(way, loaded, tmp_path / "out")
     tokenizer, template = adopt_published(read, len(pieced.pieces()))
     assert (template, tokenizer.opening) == (loaded.template, loaded.tokenizer.opening)
     assert tokenizer.has_tokens_of(loaded.tokenizer)
