@@ -18,6 +18,7 @@ from torch import Tensor
 from fledge.errors import CheckpointError, TrainingHalted
 from fledge.models.scalar import ScalarModel
 from fledge.rl.actors import Actors, PolicyPair
+from fledge.rl.gathering import gather
 from fledge.rl.grpo import GRPO, GRPOConfig
 from fledge.rl.kl import KLConfig
 from fledge.rl.ppo import PPO, PPOConfig
@@ -77,7 +78,7 @@ def sometimes_failing(episodes: Episodes) -> Tensor:
 
 
 def world_of(ranks: Ranks, **changes: Any) -> World:
-    return replace(toy.world(pretrain=toy.pretrain_mix()), prompts=PROMPTS, ranks=ranks, **changes)
+    return replace(toy.world(pretrain=toy.pretrain_mix()), **{"prompts": PROMPTS, "ranks": ranks, **changes})
 
 
 def ppo_of(ranks: Ranks, config: PPOConfig = PPO_CONFIG, **changes: Any) -> PPO:
@@ -129,6 +130,26 @@ def rarely(episodes: Episodes) -> Tensor:
     return (toy.share_of_a(episodes) > 0.3).float()
 
 
+def answers_to_one_prompt(ranks: Ranks) -> dict[str, list[list[int]]]:
+    """What this process alone says where all ask the same prompt."""
+    ppo, grpo = ppo_of(ranks, prompts=PROMPTS[:1]), grpo_of(ranks, prompts=PROMPTS[:1])
+    draw = GRPO_CONFIG.draw(ranks.count)
+    gathered, _ = gather(draw, grpo.world, grpo.actors.policy, grpo.shape, 0)
+    said = {"ppo": ppo._sample()[1], "grpo": gathered.completions}
+    return {name: [list(completion.ids) for completion in completions] for name, completions in said.items()}
+
+
+def draws_where_one_lacks_spread(ranks: Ranks) -> int:
+    """The cursor after a round of which only the second process's groups have scores that are all the same."""
+
+    def scorer(episodes: Episodes) -> Tensor:
+        return torch.arange(len(episodes.tokens_BT)).float() * (1 - ranks.number)
+
+    grpo = grpo_of(ranks, scorer=scorer)
+    draw = replace(GRPO_CONFIG, redraws=2).draw(ranks.count)
+    return gather(draw, grpo.world, grpo.actors.policy, grpo.shape, 0)[1]
+
+
 def refusals(ranks: Ranks, folder: Path) -> dict[str, str]:
     """What is said where the processes differ, or one of them sees what is no number."""
     found = {}
@@ -164,5 +185,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=me, world_size=count)
     ours = Ranks.joined() if count > 1 else ALONE
     told_of = {**saved(runs(ours), place, me), "refusals": refusals(ours, place)}
+    told_of |= {"alike": answers_to_one_prompt(ours), "draws": draws_where_one_lacks_spread(ours)}
     (place / f"told-{me}.json").write_text(json.dumps(told_of))
     dist.destroy_process_group()
