@@ -206,7 +206,7 @@ def ppo(bench: Bench, seed: int) -> Iterator[Told]:
         episodes=episodes,
         minibatch=episodes,
         epochs=size.ppo_epochs,
-        forward_rows=episodes,
+        forward_rows=2 * episodes,  # policy and value function at once
         prompt_length=size.prompt,
         response_length=size.response,
         kl=KLConfig(BETA_PPO),

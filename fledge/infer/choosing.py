@@ -9,7 +9,6 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,7 @@ from fledge.infer.shaping import Shaper
 from fledge.types import SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One position whose next token is wanted. `ahead` are draft tokens between what is said and this position.
 
     `allowed` (V,) bool is the grammar's word, None where there is no grammar. `num_top` None: the model's own
@@ -49,9 +47,9 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], banned: Tensor) -> list[Choic
     asked = [place for place, row in enumerate(rows) if row.num_top is not None]
     own_logprobs = logits_RV[asked].float().log_softmax(dim=-1) if asked else None
     scores_RV = logits_RV.float().index_fill_(1, banned, float("-inf"))
-    for scores_V, row in zip(scores_RV, rows, strict=True):
+    for place, row in enumerate(rows):
         if row.shaper.has_effect:
-            row.shaper.apply(scores_V, row.ahead)
+            row.shaper.apply(scores_RV[place], row.ahead)
     _hold_to_grammars(scores_RV, [row.allowed for row in rows])
     uniform_R = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits_RV.device)
     tokens_R, logprobs_R = draw(scores_RV, [row.params for row in rows], uniform_R)

@@ -101,11 +101,15 @@ class Runner:
 
         The spans stand `in_running_order`. To be run within `evaluating`. Writes their keys and values to the pages.
         """
-        layout, tokens_1T = self._lay_out(spans)
-        context = PagedContext(self.pages, layout, tokens_1T)
-        x_TD = self.model.hidden(self.model.embed(tokens_1T, context), context)[0]
+        x_TD = self.states(spans)
         ends = accumulate(span.count for span in spans)
         return [x_TD[end - wanted : end] for end, wanted in zip(ends, num_wanted, strict=True)]
+
+    def states(self, spans: Sequence[Span]) -> Tensor:
+        """As `run`: the hidden states x_TD of all positions, span after span."""
+        layout, tokens_1T = self._lay_out(spans)
+        context = PagedContext(self.pages, layout, tokens_1T)
+        return self.model.hidden(self.model.embed(tokens_1T, context), context)[0]
 
     def decode(self, spans: Sequence[Span]) -> Tensor | None:
         """logits_TV after every token of the spans by compiled code, as `run` and `unembed` would give them; None if

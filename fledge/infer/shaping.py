@@ -39,8 +39,9 @@ class Shaper:
         self._params, self._device = params, device
         self._stop_ids = self._index(stop_ids) if params.min_tokens else None
         self._allowed_ids = None if params.allowed_ids is None else self._index(params.allowed_ids)
-        self._biased_ids = self._index(token for token, _ in params.logit_bias)
-        self._biases = torch.tensor([bias for _, bias in params.logit_bias], device=device)
+        if params.logit_bias:
+            self._biased_ids = self._index(token for token, _ in params.logit_bias)
+            self._biases = torch.tensor([bias for _, bias in params.logit_bias], device=device)
         self._is_fixed = params.allowed_ids is not None or bool(params.logit_bias)
         self._is_penalised = bool(params.presence_penalty or params.frequency_penalty)
         self._is_repelled = params.repetition_penalty != 1.0

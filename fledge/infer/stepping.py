@@ -80,6 +80,8 @@ class Stepper:
             if logits_TV is not None:
                 return logits_TV
         self._adapters.route([(of.answer.request.adapter, span.count) for span, of in zip(spans, own, strict=True)])
+        if not any(of.job.request.prompt_logprobs is not None for of in own):
+            return self._after_last(spans, own)
         states = self._runner.run(spans, [_num_wanted(span, of) for span, of in zip(spans, own, strict=True)])
         drawn: list[Tensor] = []
         owners: list[tuple[str | None, int]] = []
@@ -89,6 +91,17 @@ class Stepper:
                 drawn.append(state_WD[-1 - span.num_draft :])
                 owners.append((of.answer.request.adapter, 1 + span.num_draft))
         return self._unembed(torch.cat(drawn), owners) if drawn else torch.zeros(0, 0)
+
+    def _after_last(self, spans: Sequence[Span], own: Sequence[Written]) -> Tensor:
+        """`_forward` where no prompt is read for its own sake, so that nothing is wanted but what is drawn after."""
+        x_TD = self._runner.states(spans)
+        ends = accumulate(span.count for span in spans)
+        drawing = [(span, of, end) for span, of, end in zip(spans, own, ends, strict=True) if span.draws]
+        places = [place for span, _, end in drawing for place in range(end - 1 - span.num_draft, end)]
+        if not places:
+            return torch.zeros(0, 0)
+        x_WD = x_TD if len(places) == len(x_TD) else x_TD[torch.tensor(places, device=x_TD.device)]
+        return self._unembed(x_WD, [(of.answer.request.adapter, 1 + span.num_draft) for span, of, _ in drawing])
 
     def _unembed(self, x_WD: Tensor, owners: Sequence[tuple[str | None, int]]) -> Tensor:
         """logits_WV; `owners` says which adapter how many rows go through, side by side."""

@@ -104,6 +104,10 @@ class ClippedPolicy:
     def loss(self, model: Trunk, batch: Rollout) -> Loss:
         """Term `policy`: sum over actions. Figures: see `policy_stats` and `ratio_extremes`."""
         logprobs_BT = token_logprobs(model, batch.tokens_BT, batch.segments_BT, self.space, self.region)
+        return self.loss_of(logprobs_BT, batch)
+
+    def loss_of(self, logprobs_BT: Tensor, batch: Rollout) -> Loss:
+        """`loss`, of what the model said: `token_logprobs` of the batch."""
         mask_BT, count = batch.action_mask_BT, batch.counts["policy"]
         # Positions that are no action may hold a banned token of log-probability minus infinity: keep them out.
         log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - batch.old_logprobs_BT, 0.0)

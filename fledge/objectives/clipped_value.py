@@ -37,7 +37,10 @@ class ClippedValue:
 
     def loss(self, model: Judge, batch: Rollout) -> Loss:
         """Term `value`: sum over actions. Stats: squared error, value, share of actions whose value was clipped."""
-        values_BT = action_values(model, batch.tokens_BT, batch.segments_BT, self.region)
+        return self.loss_of(action_values(model, batch.tokens_BT, batch.segments_BT, self.region), batch)
+
+    def loss_of(self, values_BT: Tensor, batch: Rollout) -> Loss:
+        """`loss`, of what the model said: `action_values` of the batch."""
         mask_BT, count = batch.action_mask_BT, batch.counts["value"]
         loss_BT = clipped_value_loss(values_BT, batch.old_values_BT, batch.returns_BT, self.clip)
         with torch.no_grad():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fledge.batches import GroupRollout, Loss, Term
 from fledge.objectives.clipped_policy import (
@@ -61,6 +62,10 @@ class GroupPolicy:
     def loss(self, model: Trunk, batch: GroupRollout) -> Loss:
         """Terms `policy` and, with a beta, `kl`: sums over actions, weighed by the batch; figures as PPO."""
         logprobs_BT = token_logprobs(model, batch.tokens_BT, batch.segments_BT, self.space, self.region)
+        return self.loss_of(logprobs_BT, batch)
+
+    def loss_of(self, logprobs_BT: Tensor, batch: GroupRollout) -> Loss:
+        """`loss`, of what the model said: `token_logprobs` of the batch."""
         is_action_BT = batch.action_mask_BT > 0
         # Positions that are no action may hold a banned token of log-probability minus infinity: keep them out.
         log_ratio_BT = torch.where(is_action_BT, logprobs_BT - batch.old_logprobs_BT, 0.0)

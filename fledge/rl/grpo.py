@@ -26,6 +26,7 @@ from fledge.rl.ema import Ema
 from fledge.rl.gathering import Draw, Gathered, gather
 from fledge.rl.groups import Baseline, Normalise, Scale, group_advantages, loss_weights, overlong_penalty
 from fledge.rl.kl import KLConfig, next_beta
+from fledge.rl.one_pass import OnePass, Said, policy_said
 from fledge.rl.prompts import generator_of
 from fledge.rl.report import group_metrics, update_metrics
 from fledge.rl.reward import Moments, RewardConfig, shape_scores
@@ -184,27 +185,38 @@ class GRPO:
         self.actors.quiet()
         draw = self.config.draw(self.world.ranks.count)
         gathered, self.num_draws = gather(draw, self.world, self.actors.policy, self.shape, self.num_draws)
-        opinions = self._opinions(gathered)
+        held = self._held(gathered.episodes)
+        opinions = self._opinions(gathered, held)
         said = together(self.world, gathered.prompts, gathered.completions, gathered.episodes)
         rollout, metrics = self._judge(Gathered(*said, opinions[2], gathered.redraws), *opinions[:2])
         scale = self.schedule.scale(self.round_number)
         metrics |= {"round": float(self.round_number), "beta": self.beta, "lr_scale": scale}
-        metrics |= self._update(rollout, scale)
+        metrics |= self._update(rollout, scale, held)
         self.beta = next_beta(self.beta, self.config.kl, kl=metrics["kl"], num_episodes=self.config.episodes)
         self.ema.update(self.actors.policy)
         self.round_number += 1
         return Round(metrics, said[0], said[1], rollout)
 
-    def _opinions(self, gathered: Gathered) -> tuple[Tensor, Tensor, Tensor]:
+    def _held(self, episodes: Episodes) -> Said | None:
+        """The policy's pass over the episodes, where a round has one step and that step one pass; else None."""
+        config = self.config
+        is_one_pass = config.steps_per_round == 1 and config.episodes <= config.forward_rows
+        if not is_one_pass or self.world.ranks.count > 1 or self.world.regions.policy is not None:
+            return None
+        with precision(self.device):
+            return policy_said(self.actors.policy, episodes, self.space, self.round_number)
+
+    def _opinions(self, gathered: Gathered, held: Said | None) -> tuple[Tensor, Tensor, Tensor]:
         """What policy, reference and scorer say about this process's episodes, and after that what they say about the
         other processes': (old_BT, reference_BT, scores_B) of the whole round."""
-        config = self.config
-        rows = min(config.forward_rows, config.minibatch)
+        actors, episodes, region = self.actors, gathered.episodes, self.world.regions.policy
+        rows = min(self.config.forward_rows, self.config.minibatch)
         with precision(self.device):
-            old_BT, reference_BT = (
-                policy_logprobs(model, gathered.episodes, self.space, rows=rows, region=self.world.regions.policy)
-                for model in (self.actors.policy, self.actors.reference)
-            )
+            if held is not None:
+                old_BT = held.of_actions(episodes)
+            else:
+                old_BT = policy_logprobs(actors.policy, episodes, self.space, rows=rows, region=region)
+            reference_BT = policy_logprobs(actors.reference, episodes, self.space, rows=rows, region=region)
         ranks = self.world.ranks
         return ranks.gathered(old_BT), ranks.gathered(reference_BT), ranks.gathered(gathered.scores_B)
 
@@ -256,7 +268,7 @@ class GRPO:
             )
         return torch.where(failed_rewards(scores_B), torch.nan, shaped_B)
 
-    def _update(self, rollout: GroupRollout, scale: float) -> Metrics:
+    def _update(self, rollout: GroupRollout, scale: float, held: Said | None) -> Metrics:
         """Epochs of minibatches: every episode once an epoch, in an order of its own."""
         config = self.config
         self.optimizers.set_scale(scale)
@@ -265,11 +277,12 @@ class GRPO:
             shuffler = generator_of("minibatches", config.seed, self.round_number * config.epochs + epoch)
             order = torch.randperm(config.episodes, generator=shuffler).to(self.device)
             for chosen in order.split(config.minibatch):
-                seen.append(self._step(rollout.rows(chosen), len(seen)))
+                seen.append(self._step(rollout.rows(chosen), len(seen), held and held.rows(chosen)))
         return update_metrics(seen)
 
-    def _step(self, minibatch: GroupRollout, index: int) -> Metrics:
-        """One optimizer step on a minibatch, the `index`-th of its round, of which this process takes its share."""
+    def _step(self, minibatch: GroupRollout, index: int, held: Said | None) -> Metrics:
+        """One optimizer step on a minibatch, the `index`-th of its round, of which this process takes its share;
+        `held` is what the policy said of it."""
         config = self.config
         policy = GroupPolicy(
             self.space,
@@ -290,11 +303,13 @@ class GRPO:
             rows=config.pretrain_rows,
             forward_rows=config.forward_rows,
         )
-        pairs: Pairs = [*((policy, part) for part in parts), *mixed]
+        objective = policy if held is None else OnePass(policy, held)
+        pairs: Pairs = [*((objective, part) for part in parts), *mixed]
         dump = dump_path(self.world, self.round_number, "policy")
         metrics = train_step(
             self.actors.policy, self.optimizers, pairs, clip_norm=config.clip_norm, dump_to=dump, ranks=ranks
         )
+        metrics = metrics if held is None else held.with_gap(metrics)
         tolerance = RATIO_TOLERANCE[self.device.type]
         gap = metrics.get("ratio_gap", 0.0)  # a minibatch whose rewards all failed has no action
         if index == 0 and not gap <= tolerance:

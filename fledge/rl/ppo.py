@@ -27,6 +27,7 @@ from fledge.rl.advantage import gae, whiten
 from fledge.rl.checks import moved_at_the_start, sampler_disagrees, score_is_elsewhere
 from fledge.rl.ema import Ema
 from fledge.rl.kl import KLConfig, next_beta
+from fledge.rl.one_pass import OnePass, Said, policy_said, value_said
 from fledge.rl.prompts import draw_prompts, generator_of
 from fledge.rl.report import round_metrics, update_metrics
 from fledge.rl.reward import Moments, RewardConfig, shape_scores, token_rewards
@@ -155,12 +156,13 @@ class PPO:
         """One iteration. TrainingHalted, with the batch in `dump_folder`, if a number is not one or ratios are off."""
         self.actors.quiet()
         prompts, completions, episodes = self._sample()
-        opinions = self._opinions(episodes)
+        held = self._held(episodes)
+        opinions = self._opinions(episodes, *held)
         prompts, completions, episodes = together(self.world, prompts, completions, episodes)
         rollout, metrics = self._judge(episodes, *opinions)
         scale = self.schedule.scale(self.round_number)
         metrics |= {"round": float(self.round_number), "beta": self.beta, "lr_scale": scale}
-        metrics |= self._update(rollout, scale)
+        metrics |= self._update(rollout, scale, *held)
         self.beta = next_beta(self.beta, self.config.kl, kl=metrics["kl"], num_episodes=len(prompts))
         self.ema.update(self.actors.policy)
         self.round_number += 1
@@ -184,15 +186,38 @@ class PPO:
         )
         return prompts, completions, episodes
 
-    def _opinions(self, episodes: Episodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _held(self, episodes: Episodes) -> tuple[Said | None, Said | None]:
+        """The passes of policy and value function over the episodes, where a round has one step and that step one
+        pass; else None. The value function's only where `forward_rows` has room for both: they are held together."""
+        config, regions = self.config, self.world.regions
+        is_one_pass = config.steps_per_round == 1 and config.episodes <= config.rows_a_pass(config.episodes)
+        if not is_one_pass or self.world.ranks.count > 1:
+            return None, None
+        with precision(self.device):
+            policy = value = None
+            if regions.policy is None:
+                policy = policy_said(self.actors.policy, episodes, self.space, self.round_number)
+            if regions.scores is None and 2 * config.episodes <= config.forward_rows:
+                value = value_said(self.actors.value, episodes)
+        return policy, value
+
+    def _opinions(
+        self, episodes: Episodes, policy: Said | None, value: Said | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What policy, reference, value function and scorer say about this process's episodes, and after that what
         they say about the other processes': (old_BT, reference_BT, values_BT, scores_B) of the whole round."""
         config, actors, regions = self.config, self.actors, self.world.regions
         rows = min(config.forward_rows, config.minibatch)
         with precision(self.device):
-            old_BT = policy_logprobs(actors.policy, episodes, self.space, rows=rows, region=regions.policy)
+            if policy is not None:
+                old_BT = policy.of_actions(episodes)
+            else:
+                old_BT = policy_logprobs(actors.policy, episodes, self.space, rows=rows, region=regions.policy)
             reference_BT = policy_logprobs(actors.reference, episodes, self.space, rows=rows, region=regions.policy)
-            values_BT = state_values(actors.value, episodes, rows=rows, region=regions.scores)
+            if value is not None:
+                values_BT = value.of_actions(episodes)
+            else:
+                values_BT = state_values(actors.value, episodes, rows=rows, region=regions.scores)
             scores_B = self.world.scorer(episodes).float()
         gathered = self.world.ranks.gathered
         return gathered(old_BT), gathered(reference_BT), gathered(values_BT), gathered(scores_B)
@@ -240,7 +265,7 @@ class PPO:
         figures["failed_rewards"] = float((~is_paid_B).float().mean())
         return rollout, figures | shared_figures(self.world)
 
-    def _update(self, rollout: Rollout, scale: float) -> Metrics:
+    def _update(self, rollout: Rollout, scale: float, policy: Said | None, value: Said | None) -> Metrics:
         """Epochs of minibatches: every episode once an epoch, in an order of its own."""
         config = self.config
         self.policy_optimizers.set_scale(scale)
@@ -250,18 +275,21 @@ class PPO:
             shuffler = generator_of("minibatches", config.seed, self.round_number * config.epochs + epoch)
             order = torch.randperm(config.episodes, generator=shuffler).to(self.device)
             for chosen in order.split(config.minibatch):
-                seen.append(self._step(rollout.rows(chosen), len(seen)))
+                held = policy and policy.rows(chosen), value and value.rows(chosen)
+                seen.append(self._step(rollout.rows(chosen), len(seen), *held))
         return update_metrics(seen)
 
-    def _step(self, minibatch: Rollout, index: int) -> Metrics:
+    def _step(self, minibatch: Rollout, index: int, policy: Said | None, value: Said | None) -> Metrics:
         """One optimizer step of policy and of value function on a minibatch, the `index`-th of its round, of which this
-        process takes its share."""
+        process takes its share; `policy` and `value` are what they said of it."""
         config, regions = self.config, self.world.regions
-        policy = ClippedPolicy(self.space, config.clip, config.dual_clip, regions.policy)
-        value = ClippedValue(config.value_clip, regions.scores)
+        clipped_policy = ClippedPolicy(self.space, config.clip, config.dual_clip, regions.policy)
+        clipped_value = ClippedValue(config.value_clip, regions.scores)
+        of_policy = clipped_policy if policy is None else OnePass(clipped_policy, policy)
+        of_value = clipped_value if value is None else OnePass(clipped_value, value)
         own = self.world.ranks.own(config.minibatch).to(self.device)
         parts = [minibatch.rows(chosen) for chosen in own.split(config.rows_a_pass(len(own)))]
-        pairs: Pairs = [*((policy, part) for part in parts), *self._pretraining(index)]
+        pairs: Pairs = [*((of_policy, part) for part in parts), *self._pretraining(index)]
         metrics = train_step(
             self.actors.policy,
             self.policy_optimizers,
@@ -271,6 +299,7 @@ class PPO:
             lanes=config.lanes,
             ranks=self.world.ranks,
         )
+        metrics = metrics if policy is None else policy.with_gap(metrics)
         # Nothing has been learned before a round's first step: sampler, trainer and mask agree, or this is a bug.
         tolerance = RATIO_TOLERANCE[self.device.type]
         gap = metrics.get("ratio_gap", 0.0)  # a minibatch whose rewards all failed has no action
@@ -281,7 +310,7 @@ class PPO:
         value_metrics = train_step(
             self.actors.value,
             self.value_optimizers,
-            [(value, part) for part in parts],
+            [(of_value, part) for part in parts],
             clip_norm=config.clip_norm,
             dump_to=self._dump_path("value"),
             lanes=config.lanes,

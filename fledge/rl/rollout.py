@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,11 +94,12 @@ class Episodes:
 def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], shape: EpisodeShape) -> Episodes:
     """One row an episode. `DataError` for a prompt longer than the shape allows, or an answer without tokens."""
     num_rows, num_positions = len(prompts), shape.prompt_length + shape.response_length
-    tokens_BT = torch.full((num_rows, num_positions), shape.pad_id, dtype=torch.int64)
-    segments_BT = torch.zeros((num_rows, num_positions), dtype=torch.int32)
-    sampler_logprobs_BT = torch.zeros((num_rows, num_positions))
-    action_mask_BT = torch.zeros((num_rows, num_positions))
-    ended_B = torch.zeros(num_rows, dtype=torch.bool)
+    # numpy's: a row of a tensor costs several times as much to write, and there are thousands.
+    tokens_BT = np.full((num_rows, num_positions), shape.pad_id, dtype=np.int64)
+    segments_BT = np.zeros((num_rows, num_positions), dtype=np.int32)
+    sampler_logprobs_BT = np.zeros((num_rows, num_positions), dtype=np.float32)
+    action_mask_BT = np.zeros((num_rows, num_positions), dtype=np.float32)
+    ended_B = np.zeros(num_rows, dtype=np.bool_)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         ids = truncate(completion.ids, shape)
         if not 0 < len(prompt) <= shape.prompt_length or not ids:
@@ -106,12 +108,13 @@ def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Completion],
                 f"expected prompts of 1 to {shape.prompt_length} tokens and answers that are not empty"
             )
         start, end = shape.prompt_length, shape.prompt_length + len(ids)
-        tokens_BT[row, start - len(prompt) : end] = torch.tensor([*prompt, *ids])
+        tokens_BT[row, start - len(prompt) : end] = [*prompt, *ids]
         segments_BT[row, start - len(prompt) : end] = 1
         action_mask_BT[row, start:end] = 1.0
-        sampler_logprobs_BT[row, start:end] = torch.tensor(completion.logprobs[: len(ids)])
+        sampler_logprobs_BT[row, start:end] = completion.logprobs[: len(ids)]
         ended_B[row] = ids[-1] == shape.end_id
-    return Episodes(tokens_BT, segments_BT, action_mask_BT, sampler_logprobs_BT, ended_B)
+    arrays = (tokens_BT, segments_BT, action_mask_BT, sampler_logprobs_BT, ended_B)
+    return Episodes(*(torch.from_numpy(array) for array in arrays))
 
 
 def truncate(ids: Sequence[int], shape: EpisodeShape) -> tuple[int, ...]:

@@ -63,7 +63,9 @@ class EngineSampler:
 
     def _engine_for(self, model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Engine:
         """The engine of this model, made anew for another model or a larger call."""
-        needed = sum(-(-(len(prompt) + params.max_tokens) // BLOCK_SIZE) for prompt in prompts)
+        # One block more for each: the scheduler admits nobody who could not grow beside all that run, and a round whose
+        # answers do not all begin together takes more steps.
+        needed = sum(-(-(len(prompt) + params.max_tokens) // BLOCK_SIZE) + 1 for prompt in prompts)
         engine = self._engine if self._model is model else None
         if engine is None or (engine.config.num_blocks or 0) < needed or engine.config.max_live < len(prompts):
             config = EngineConfig(

@@ -130,8 +130,8 @@ ALGORITHMS = (
     Mutant(
         "grpo-reference-is-the-policy",
         GRPO,
-        "for model in (self.actors.policy, self.actors.reference)",
-        "for model in (self.actors.policy, self.actors.policy)",
+        "policy_logprobs(actors.reference, episodes",
+        "policy_logprobs(actors.policy, episodes",
         "GRPO's KL is always 0",
     ),
     Mutant(

@@ -176,10 +176,10 @@ def test_rloo_pays_for_kl_in_the_reward_and_grpo_in_the_loss(seen_pairs):
     paid = (rollout.scores_B - 0.5 * delta).view(4, 4)
     expected = (paid - (paid.sum(1, keepdim=True) - paid) / 3).flatten()
     assert torch.allclose(rollout.advantages_BT.sum(1) / rollout.action_mask_BT.sum(1), expected, atol=1e-4)
-    assert all(objective.beta == 0 for pairs in seen_pairs for objective, _ in pairs)
+    assert all(one_pass.objective.beta == 0 for pairs in seen_pairs for one_pass, _ in pairs)
     seen_pairs.clear()
     grpo(replace(config, kl_as="loss")).round()
-    assert [objective.beta for objective, _ in seen_pairs[0]] == [0.5]
+    assert [one_pass.objective.beta for one_pass, _ in seen_pairs[0]] == [0.5]
 
 
 def test_rloo_step_is_reinforce_on_whole_answers():
