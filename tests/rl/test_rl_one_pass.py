@@ -83,7 +83,7 @@ def episodes_of(number: int) -> Episodes:
 
 
 @pytest.mark.parametrize("make", [grpo, lambda: toy.ppo(PPO_CONFIG)])
-def test_c36_noise_between_two_passes_aborts_before_anything_is_learned_from_another_round(make, monkeypatch):
+def test_c36_noise_between_the_two_passes_over_an_episode_aborts(make, monkeypatch):
     told = one_pass.policy_logprobs
     generator = torch.Generator().manual_seed(0)
 
