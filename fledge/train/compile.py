@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -77,12 +78,24 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, SHAPES_PER_PROCESS)
     fast = torch.compile(function, dynamic=False, fullgraph=True)
+    first = threading.Lock()
+    is_compiled = False
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with warnings.catch_warnings():
             # Dynamo looks at `.grad` of what `embed` returned, and torch warns of its own look.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             return fast(*args, **kwargs)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal is_compiled
+        if not is_compiled:
+            with first:  # lanes that begin together would each compile the same graph, one after the other
+                if not is_compiled:
+                    result = run(*args, **kwargs)
+                    is_compiled = True
+                    return result
+        return run(*args, **kwargs)
 
     return call

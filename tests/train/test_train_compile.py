@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +75,27 @@ def test_a_compiler_is_looked_for_by_cxx_first(monkeypatch: pytest.MonkeyPatch) 
     assert compiling.cpp_compiler() == "/bin/mine"
     monkeypatch.delenv("CXX")
     assert compiling.cpp_compiler() == "/bin/c++"
+
+
+def test_lanes_that_begin_together_compile_once_and_run_side_by_side_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    within, most, meeting = 0, [], threading.Barrier(2)
+
+    def slow(x: int) -> int:
+        nonlocal within
+        within += 1
+        most.append(within)
+        if len(most) == 1:
+            time.sleep(0.05)  # the compiler's; the other lane must wait meanwhile
+        else:
+            meeting.wait(timeout=10)  # nobody comes through here alone
+        within -= 1
+        return x
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    call = compiled(slow)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(call, range(3))) == [0, 1, 2]
+    assert most[:2] == [1, 1]
 
 
 @pytest.mark.slow
